@@ -1,0 +1,1 @@
+"""The gRPC face: adapters over the Engine protocol, imported by the daemon only."""

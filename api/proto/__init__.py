@@ -1,0 +1,1 @@
+"""Proto files and the code generated from them (``generate.py``)."""

@@ -1,0 +1,1 @@
+"""The REST face: adapters over the Engine protocol, imported by the daemon only."""

@@ -1,0 +1,438 @@
+"""The values that cross the Engine protocol: ids, enumerations, requests and records.
+
+All are frozen dataclasses in bytes, seconds and UNIX times. How they look on a wire is the business of the faces
+(``api/grpc``, ``api/rest``); descriptor lists are in ``descriptors.py``; errors are in ``errors.py``.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NewType
+
+if TYPE_CHECKING:
+    from xferd.api.descriptors import ListSpec
+    from xferd.api.errors import XferdError
+
+SessionId = NewType("SessionId", str)
+TransferId = NewType("TransferId", str)
+RegionId = NewType("RegionId", int)
+"""``generation << 32 | slot``: an id is never given twice, so that a stale one is noticed."""
+PreparedHandle = NewType("PreparedHandle", int)
+
+
+class MemoryKind(enum.Enum):
+    """What sort of memory a region is; the values are the names of the wire."""
+
+    DRAM = "DRAM"
+    VRAM = "VRAM"
+    FILE = "FILE"
+    OBJECT = "OBJECT"
+    BLOCK = "BLOCK"
+
+
+class RegionSource(enum.Enum):
+    """Where a region's bytes live, which decides how they can be reached."""
+
+    POOL = "POOL"
+    MEMFD = "MEMFD"
+    PRIVATE = "PRIVATE"
+    PATH = "PATH"
+    FD = "FD"
+
+
+class Access(enum.Flag):
+    """What others than the owner may do with a region; the owner may always do both."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    READ_WRITE = 3
+
+
+class TransferOp(enum.Enum):
+    """READ pulls the remote list into the local one, WRITE pushes the local list into the remote one."""
+
+    READ = "READ"
+    WRITE = "WRITE"
+
+
+class TransferState(enum.Enum):
+    """The states of a transfer; ``daemon/engine/states.py`` has the table of transitions."""
+
+    PREPARED = "PREPARED"
+    POSTED = "POSTED"
+    RUNNING = "RUNNING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+ENDED = frozenset({TransferState.DONE, TransferState.FAILED, TransferState.CANCELLED})
+"""States in which no byte of the transfer moves any more."""
+
+
+class Priority(enum.Enum):
+    """Class of a transfer for the scheduler; order within a class is round robin by transfer."""
+
+    LOW = "LOW"
+    NORMAL = "NORMAL"
+    HIGH = "HIGH"
+
+
+class PeerState(enum.Enum):
+    """How this node sees another one."""
+
+    UNKNOWN = "UNKNOWN"
+    JOINING = "JOINING"
+    READY = "READY"
+    SUSPECT = "SUSPECT"
+    DRAINING = "DRAINING"
+    GONE = "GONE"
+
+
+class Transport(enum.Enum):
+    """How a session came about; its values stand in listings."""
+
+    SOCKET = "socket"
+    GRPC = "grpc"
+    REST = "rest"
+
+
+# ------------------------------------------------------------------------------------------- sessions
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCredentials:
+    """The process at the other end of a Unix socket, as the kernel tells it (SO_PEERCRED)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a call. ``session`` is None for an operator at the admin face, who owns nothing."""
+
+    session: SessionId | None
+    agent: str
+    admin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The daemon's limits on one request; going over one is a ``LimitExceeded`` that names it."""
+
+    max_descriptors: int
+    max_message_nbytes: int
+    max_notification_nbytes: int
+    max_group: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionGrant:
+    """What a client gets when its session opens. ``token`` is secret and lives as long as the session."""
+
+    session: SessionId
+    token: str
+    agent: str
+    node: str
+    epoch: int
+    limits: Limits
+    grpc_target: str
+    pools: tuple[PoolInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session as listed for an operator; ``expires_at`` 0.0 means: lives as long as its connection."""
+
+    session: SessionId
+    agent: str
+    transport: Transport
+    pid: int
+    uid: int
+    opened_at: float
+    expires_at: float
+    regions: int
+    held_nbytes: int
+    transfers: int
+    prepared: int
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """Statistics of one pool. ``fragmentation`` is 1 - largest free extent / free bytes, 0 when none is free."""
+
+    name: str
+    kind: MemoryKind
+    nbytes: int
+    used_nbytes: int
+    free_nbytes: int
+    largest_free_nbytes: int
+    fragmentation: float
+    allocations: int
+    peak_used_nbytes: int
+    failed_allocations: int
+    mappable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInfo:
+    """A region as its owner and, where access allows, others see it. Never holds an address."""
+
+    id: RegionId
+    node: str
+    epoch: int
+    kind: MemoryKind
+    source: RegionSource
+    device: int
+    nbytes: int
+    agent: str
+    access: Access
+    writable: bool
+    label: str = ""
+    pool: str = ""
+    pool_offset: int = 0
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionListing:
+    """Regions of one node, at one epoch of it."""
+
+    node: str
+    epoch: int
+    regions: tuple[RegionInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AllocateRequest:
+    """A group of regions from one pool, all or none. Sizes are rounded up to 4096 bytes."""
+
+    nbytes: tuple[int, ...]
+    pool: str = ""
+    access: Access = Access.NONE
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterPrivateRequest:
+    """A span of the calling process's own memory, by address."""
+
+    address: int
+    nbytes: int
+    access: Access = Access.NONE
+    label: str = ""
+    writable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterFileRequest:
+    """A file under a configured root. ``nbytes`` 0 takes the file's present size."""
+
+    path: str
+    nbytes: int = 0
+    writable: bool = False
+    create: bool = False
+    access: Access = Access.NONE
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionQuery:
+    """Which regions to list; empty fields do not filter. ``node`` "" is this node."""
+
+    node: str = ""
+    agent: str = ""
+    label: str = ""
+    regions: tuple[RegionId, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------- transfers
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedInfo:
+    """A list that was checked once; good until released, its session ends, or its node's epoch changes."""
+
+    handle: PreparedHandle
+    node: str
+    epoch: int
+    count: int
+    total_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """Bytes for an agent. Addresses are ``agent@node``; ``transfer`` is "" when it was sent on its own."""
+
+    target: str
+    payload: bytes
+    source: str = ""
+    transfer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRequest:
+    """What to move, and how. ``timeout_s`` 0.0 takes the daemon's default; it counts from posting."""
+
+    op: TransferOp
+    local: ListSpec
+    remote: ListSpec
+    key: str = ""
+    timeout_s: float = 0.0
+    priority: Priority = Priority.NORMAL
+    cause_id: str = ""
+    notification: Notification | None = None
+    backend: str = ""
+    hold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One step of a route, with the reason for it. Places read "DRAM@node-a"."""
+
+    backend: str
+    source: str
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """Times and counts of a transfer's last post; a time of 0.0 has not come yet.
+
+    ``descriptors`` counts both lists as given, ``pieces`` both after coalescing.
+    """
+
+    created_at: float
+    posted_at: float
+    first_byte_at: float
+    ended_at: float
+    queued_s: float
+    moving_s: float
+    total_nbytes: int
+    moved_nbytes: int
+    descriptors: int
+    pieces: int
+    chunks: int
+    posts: int
+    route: tuple[Hop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStatus:
+    """A transfer at one moment. ``error`` is set exactly when ``state`` is FAILED."""
+
+    id: TransferId
+    key: str
+    op: TransferOp
+    state: TransferState
+    priority: Priority
+    cause_id: str
+    local_node: str
+    remote_node: str
+    agent: str
+    error: XferdError | None
+    telemetry: Telemetry
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Expected cost of a transfer; ``basis`` is "measured" or "assumed"."""
+
+    duration_s: float
+    bytes_per_s: float
+    basis: str
+    route: tuple[Hop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The route a transfer would take, and what else was considered: "backend: why or why not"."""
+
+    route: tuple[Hop, ...]
+    considered: tuple[str, ...]
+    chunks: int
+    pieces: int
+    total_nbytes: int
+
+
+# ------------------------------------------------------------------------------------------- nodes
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """One daemon. ``epoch`` grows at each start; ``addresses`` read "tcp://host:port", best first."""
+
+    name: str
+    id: str
+    epoch: int
+    version: str
+    addresses: tuple[str, ...]
+    backends: tuple[str, ...]
+    kinds: tuple[MemoryKind, ...]
+    agents: tuple[str, ...]
+    started_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeerInfo:
+    """Another node as this one sees it, and since when (UNIX time)."""
+
+    node: NodeInfo
+    state: PeerState
+    reason: str
+    since: float
+    lanes: int
+    sent_nbytes: int
+    received_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """The node's health and counters; ``reason`` says why it is not ready, "" when it is."""
+
+    node: NodeInfo
+    live: bool
+    ready: bool
+    reason: str
+    draining: bool
+    sessions: int
+    regions: int
+    transfers_active: int
+    transfers_done: int
+    transfers_failed: int
+    transfers_cancelled: int
+    moved_nbytes: int
+    uptime_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """A backend with what it can move ("DRAM>FILE") and what it has moved since the start."""
+
+    name: str
+    pairs: tuple[str, ...]
+    moved_nbytes: int
+    chunks: int
+    failures: int
+    busy: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoldInfo:
+    """Something held, by whom, why, since when, until when (0.0: until the owner goes)."""
+
+    kind: str
+    what: str
+    owner: str
+    reason: str
+    since: float
+    expires_at: float

@@ -1,0 +1,1 @@
+"""``xferctl``, the command line for operators."""

@@ -1,0 +1,1 @@
+"""Transfers: states, scheduling, planning, and the runner that performs them."""

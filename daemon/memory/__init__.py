@@ -1,0 +1,1 @@
+"""Pools, regions, files and staging memory."""

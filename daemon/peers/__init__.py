@@ -1,0 +1,1 @@
+"""Other nodes: who they are, and what they may do here."""

@@ -1,0 +1,1 @@
+"""Attached clients: the table of sessions and the session socket."""

@@ -1,0 +1,88 @@
+"""The store interface: how nodes learn of each other. One module per store implements it; no implementation here.
+
+A store carries node records and, as part of them, agents; it never carries regions, which are asked from their
+node (``daemon/peers``). ``tests/conformance/check_store.py`` is what a store must pass.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from xferd.api.types import NodeInfo
+
+    ExchangeRecords = Callable[[str, NodeInfo], Awaitable[NodeInfo]]
+    """Gives the node at an address our record and returns its own; the daemon supplies it."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeChange:
+    """What a watcher is told. ``node`` is None when the record has gone; then ``reason`` says why."""
+
+    name: str
+    node: NodeInfo | None
+    reason: str = ""
+
+
+class Store(abc.ABC):
+    """Records of nodes.
+
+    Must meet its deadline, and may fail: ``publish``, ``withdraw``, ``get``, ``list_nodes``.
+    Must never fail, and heals itself: ``watch``.
+    """
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Connect. A store that is away at start is no error: ``health`` says so and the store goes on trying."""
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Withdraw what was published if that can be done quickly, and release everything. Twice is fine."""
+
+    @abc.abstractmethod
+    async def publish(self, node: NodeInfo) -> None:
+        """Make this node's record known, and keep it so; a record equal to the last one costs nothing.
+
+        Raises:
+            AlreadyExists: another live node has the name.
+        """
+
+    @abc.abstractmethod
+    async def withdraw(self) -> None:
+        """Take the record back; peers see the node go at once."""
+
+    @abc.abstractmethod
+    async def get(self, name: str) -> NodeInfo:
+        """Return a node's record.
+
+        Raises:
+            PeerUnknown: no node of this name is known; the message names those that are.
+        """
+
+    @abc.abstractmethod
+    async def list_nodes(self) -> list[NodeInfo]:
+        """Return all known records but our own, by name."""
+
+    @abc.abstractmethod
+    def watch(self, name: str = "") -> AsyncIterator[NodeChange]:
+        """Yield the present record(s), then every change, until closed; "" watches all nodes."""
+
+    @abc.abstractmethod
+    async def load(self, node: NodeInfo) -> None:
+        """Take in a record that came by other means (a blob), replacing what was known of that node."""
+
+    @abc.abstractmethod
+    async def forget(self, name: str) -> None:
+        """Drop a record that came by ``load``.
+
+        Raises:
+            PeerUnknown: there is none.
+        """
+
+    @abc.abstractmethod
+    def health(self) -> str:
+        """Return "" when the store works, else what is wrong and since when."""

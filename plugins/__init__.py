@@ -1,0 +1,1 @@
+"""How bytes move: the Backend interface, the registry, one module or folder a backend."""

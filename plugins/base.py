@@ -1,0 +1,312 @@
+"""The interfaces between the daemon and what moves bytes: ``Backend``, and ``PeerTransport`` between nodes.
+
+No implementation is here: the vectored primitive is in ``vectored.py``, the registry in ``registry.py``.
+``docs/backends.md`` is the guide for authors; ``tests/conformance/`` is what a backend must pass.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import BaseModel
+
+    from xferd.api.proto import peer_v1_pb2 as peer_pb
+    from xferd.api.types import NodeInfo, TransferOp
+
+IovTable: TypeAlias = NDArray[np.uint64]
+"""Shape (n, 2), C order: (position, nbytes) rows. For memory it is an array of ``struct iovec`` as it stands."""
+
+
+class SpaceKind(enum.Enum):
+    """Where the positions of an extent have a meaning."""
+
+    MAPPED = "mapped"  # memory of this process
+    PROCESS = "process"  # private memory of another process of this node
+    FILE = "file"  # an open file
+    REMOTE = "remote"  # regions of another node
+
+
+@dataclass(frozen=True, slots=True)
+class MappedSpace:
+    """Memory mapped into this process: positions are addresses."""
+
+    kind: ClassVar[SpaceKind] = SpaceKind.MAPPED
+
+    def __str__(self) -> str:
+        return "DRAM"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpace:
+    """Private memory of another process: positions are its addresses.
+
+    ``pidfd`` stays open as long as any extent of the space is in use. A backend checks it after each system call,
+    because the pid may have been given to another process once the pidfd reads as ended.
+    """
+
+    pid: int
+    pidfd: int
+    kind: ClassVar[SpaceKind] = SpaceKind.PROCESS
+
+    def __str__(self) -> str:
+        return f"DRAM(pid {self.pid})"
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpace:
+    """An open regular file: positions are offsets in it. The fd stays open as long as the extent is in use."""
+
+    fd: int
+    path: str
+    kind: ClassVar[SpaceKind] = SpaceKind.FILE
+
+    def __str__(self) -> str:
+        return "FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSpace:
+    """Regions of another node at one epoch: positions are offsets, and the extent has a region column too."""
+
+    node: str
+    epoch: int
+    kind: ClassVar[SpaceKind] = SpaceKind.REMOTE
+
+    def __str__(self) -> str:
+        return f"regions@{self.node}"
+
+
+Space: TypeAlias = MappedSpace | ProcessSpace | FileSpace | RemoteSpace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extent:
+    """A list of spans in one space, in order.
+
+    Attributes:
+        space: what the positions mean.
+        iov: (position, nbytes) rows; no row is empty.
+        region: u64 (n,) region ids, for REMOTE only.
+    """
+
+    space: Space
+    iov: IovTable
+    region: NDArray[np.uint64] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Sum of the rows."""
+        return int(self.iov[:, 1].sum())
+
+    def cut(self, start: int, stop: int) -> Extent:
+        """Return the part between two byte positions of the list, splitting rows at the borders.
+
+        Copies at most the rows it returns; ``start < stop <= nbytes``.
+        """
+        ends = np.cumsum(self.iov[:, 1])
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(ends, stop, side="left"))
+        iov = self.iov[first : last + 1].copy()
+        skip = start - (int(ends[first]) - int(self.iov[first, 1]))
+        iov[-1, 1] -= np.uint64(int(ends[last]) - stop)
+        iov[0, 0] += np.uint64(skip)
+        iov[0, 1] -= np.uint64(skip)
+        region = None if self.region is None else self.region[first : last + 1]
+        return Extent(self.space, iov, region)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """The unit of work of a backend: ``nbytes`` bytes from ``source`` to ``target``, both in list order.
+
+    Totals are equal; rows need not pair up. ``agent`` is on whose behalf; ``cause_id`` goes into every log line and
+    to the other node.
+    """
+
+    source: Extent
+    target: Extent
+    nbytes: int
+    transfer_id: str
+    cause_id: str
+    agent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatistics:
+    """Counters since start; the daemon exports them as metrics."""
+
+    moved_nbytes: int = 0
+    chunks: int = 0
+    failures: int = 0
+    busy: int = 0
+    slots: int = 0
+
+
+class Backend(abc.ABC):
+    """Moves bytes between some pairs of spaces.
+
+    Life: constructed by the registry with its own options, ``start`` once on the event loop, then any number of
+    ``move`` at once, then ``aclose`` once. Blocking calls go to threads that the backend owns and names
+    ``xferd-<name>-*``. Errors are raised as ``XferdError``; those of libraries are translated here.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[type[BaseModel]]
+    """The backend's section of the configuration."""
+
+    is_restartable: ClassVar[bool] = True
+    """Whether a chunk may be moved again after a failure, on this or another route. If false the daemon fails the
+    transfer at the first error."""
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Acquire threads and descriptors. Raises ``Unsupported`` with the remedy where the machine lacks something."""
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Release everything; moves under way have ended before. Twice is fine."""
+
+    @abc.abstractmethod
+    def pairs(self) -> frozenset[tuple[SpaceKind, SpaceKind]]:
+        """Return the (source, target) kinds that this backend moves between."""
+
+    def refusal(self, source: Space, target: Space) -> str:
+        """Return why this backend cannot move between two spaces now, or "". Called by the planner; must not block."""
+        if (source.kind, target.kind) in self.pairs():
+            return ""
+        return f"cannot move {source.kind.value} to {target.kind.value}"
+
+    @abc.abstractmethod
+    def estimate_s(self, source: Space, target: Space, nbytes: int, pieces: int) -> float:
+        """Return the expected seconds for one transfer, before anything was measured."""
+
+    @abc.abstractmethod
+    def slots(self, source: Space, target: Space) -> int:
+        """Return how many chunks between these spaces make sense at once; the scheduler gives no more."""
+
+    @abc.abstractmethod
+    async def move(self, chunk: Chunk) -> int:
+        """Move one chunk and return the bytes moved, which equals ``chunk.nbytes``.
+
+        When it returns, raises or is cancelled, **no byte of the chunk moves any more**, here or at the peer;
+        it may take as long as it needs to make sure.
+
+        Raises:
+            ShortTransfer: fewer bytes could be moved.
+            MoveFailed, PeerLost, Stale, PermissionDenied, OutOfBounds: as they say.
+        """
+
+    @abc.abstractmethod
+    def statistics(self) -> BackendStatistics:
+        """Return counters; cheap, called at each scrape."""
+
+
+# --------------------------------------------------------------------------------------- between nodes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIdentity:
+    """Who is at the other end, after the handshake proved it."""
+
+    node: str
+    node_id: str
+    epoch: int
+
+
+class Grant(Protocol):
+    """Checked leave for a peer to read or write spans here, held while a lane serves them.
+
+    Used from a lane's thread. The regions cannot be freed while it is open.
+    """
+
+    nbytes: int
+
+    def windows(self) -> Iterator[IovTable]:
+        """Yield tables of this process's memory that make up the list, in order.
+
+        READ: a window holds the bytes when it is yielded. WRITE: the caller fills a window, and its bytes are in
+        place when the iterator is advanced past it. Either step may raise an ``XferdError``.
+        """
+
+    def close(self) -> None:
+        """Let go of the regions. Twice is fine."""
+
+
+class PeerHandler(Protocol):
+    """What the daemon does for peers; a ``PeerTransport`` calls it."""
+
+    async def handle(self, peer: PeerIdentity, request: peer_pb.PeerRequest) -> peer_pb.PeerReply:
+        """Answer a control request, on the event loop. Errors are raised; the transport puts them in the reply."""
+
+    def open_grant(self, peer: PeerIdentity, op: TransferOp, request: peer_pb.DataRequest) -> Grant:
+        """Check a data request: epoch, generations, bounds, access, sums. Thread-safe and quick.
+
+        Raises:
+            Stale, OutOfBounds, PermissionDenied, InvalidDescriptor, SizeMismatch, Unavailable.
+        """
+
+    def peer_connected(self, peer: PeerIdentity) -> None:
+        """Be told that the first lane with a peer is up; on the event loop."""
+
+    def peer_lost(self, peer: PeerIdentity, reason: str) -> None:
+        """Be told that the last lane with a peer has gone; on the event loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLinkStatistics:
+    """Lanes and bytes with one peer, both directions."""
+
+    lanes: int = 0
+    sent_nbytes: int = 0
+    received_nbytes: int = 0
+
+
+class PeerTransport(abc.ABC):
+    """Carries control requests between nodes. The ``tcp`` backend is one, beside being a ``Backend``."""
+
+    @abc.abstractmethod
+    async def listen(self, me: NodeInfo, handler: PeerHandler) -> tuple[str, ...]:
+        """Accept peers; returns the addresses ("tcp://host:port") under which they reach this node."""
+
+    @abc.abstractmethod
+    async def connect(self, address: str, *, name: str = "", epoch: int = 0) -> PeerIdentity:
+        """Open the control lane to the node at ``address``; at once if it is open.
+
+        Args:
+            address: "tcp://host:port".
+            name: the node that must answer; "" takes whoever does.
+            epoch: the epoch that it must have; 0 takes any.
+
+        Raises:
+            PeerLost: nobody answers in time.
+            Unauthenticated: the secrets differ.
+            Stale: another epoch, or another node than the one named.
+        """
+
+    @abc.abstractmethod
+    async def request(self, node: str, request: peer_pb.PeerRequest, *, timeout_s: float) -> peer_pb.PeerReply:
+        """Send a control request to a connected node and return its reply; raises what the reply says."""
+
+    @abc.abstractmethod
+    async def disconnect(self, node: str, reason: str) -> None:
+        """Close all lanes with a node; chunks under way fail with ``PeerLost``."""
+
+    @abc.abstractmethod
+    def quiesce(self, peer: PeerIdentity, transfer_id: str) -> bool:
+        """Refuse further frames of a peer's transfer; return whether none of it is being served any more.
+
+        Aborts lanes that serve it. The daemon calls it again until it returns true.
+        """
+
+    @abc.abstractmethod
+    def link(self, node: str) -> PeerLinkStatistics:
+        """Return the state of the lanes with a node."""

@@ -1,0 +1,1 @@
+"""Node to node over TCP: framed protocol, authenticated handshake, lanes."""
