@@ -7,7 +7,7 @@ region is or where it lives: bounds come in as columns too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,13 @@ IndexColumn: TypeAlias = NDArray[np.uint32]
 
 U64 = np.dtype("<u8")
 U32 = np.dtype("<u4")
+
+MAX_TOTAL_NBYTES = (1 << 63) - 1
+"""Bytes of one transfer: cumulative sums stay within u64, and byte counts within the i64 of other languages."""
+
+MAX_CHUNKS = 1 << 20
+"""Chunks of one transfer: 8 TiB of 8 MiB each. A list may name the same bytes a million times over, so that a small
+message could otherwise ask for more chunks than fit into memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +97,7 @@ class DescriptorList:
     @classmethod
     def from_rows(cls, rows: object, *, node: str = "", epoch: int = 0) -> DescriptorList:
         """Build a list from an array-like of shape (n, 3): (region, offset, nbytes)."""
-        table = np.asarray(rows)
+        table = _as_array("rows", rows)
         if table.ndim != 2 or table.shape[1] != 3:
             raise InvalidDescriptor(
                 f"rows have shape {table.shape}", limit="(n, 3)", remedy="give (region, offset, nbytes) a row"
@@ -105,8 +112,14 @@ class DescriptorList:
 
         Raises:
             LimitExceeded: the runs expand to more than ``max_descriptors`` rows (checked before expanding).
-            InvalidDescriptor: no runs, or an offset past 2**64 - 1.
+            InvalidDescriptor: no runs, a run of no rows, a negative number, or an end past 2**64 - 1.
         """
+        if len(runs) > max_descriptors:
+            raise LimitExceeded(
+                f"the strided list has {len(runs)} runs",
+                limit=f"{max_descriptors} descriptors",
+                remedy="split the list, or raise limits.max_descriptors",
+            )
         total = sum(run.count for run in runs)
         if total > max_descriptors:
             raise LimitExceeded(
@@ -115,13 +128,20 @@ class DescriptorList:
                 remedy="split the list, or raise limits.max_descriptors",
             )
         for number, run in enumerate(runs):
-            last = run.offset + run.stride * max(run.count - 1, 0) + run.nbytes
+            if min(run.region, run.offset, run.nbytes, run.stride, run.count - 1) < 0 or run.region >= 1 << 64:
+                raise InvalidDescriptor(
+                    f"run {number} is {run}", limit="numbers of u64, count at least 1", remedy="leave empty runs out"
+                )
+            last = run.offset + run.stride * (run.count - 1) + run.nbytes
             if last >= 1 << 64:
                 raise InvalidDescriptor(
                     f"run {number} ends at byte {last}", limit="2**64 - 1", remedy="check stride and count"
                 )
         counts = np.array([run.count for run in runs], dtype=np.int64)
-        table = np.array([(r.region, r.offset, r.nbytes, r.stride) for r in runs], dtype=U64).reshape(-1, 4)
+        # A run of one row never takes a step: its stride may be any number, also one that is no u64.
+        table = np.array(
+            [(run.region, run.offset, run.nbytes, run.stride if run.count > 1 else 0) for run in runs], dtype=U64
+        ).reshape(-1, 4)
         rows = np.repeat(table, counts, axis=0)
         starts = np.repeat(np.cumsum(counts) - counts, counts)
         step = (np.arange(total, dtype=np.int64) - starts).astype(U64)
@@ -227,6 +247,7 @@ def check_total(local: DescriptorList, remote: DescriptorList) -> int:
 
     Raises:
         SizeMismatch: they differ.
+        LimitExceeded: more than 2**63 - 1, past which the sums below would wrap around. Sparse files get there.
     """
     local_nbytes, remote_nbytes = local.total_nbytes, remote.total_nbytes
     if local_nbytes != remote_nbytes:
@@ -234,6 +255,10 @@ def check_total(local: DescriptorList, remote: DescriptorList) -> int:
             f"the local list has {local_nbytes} bytes and the remote list {remote_nbytes}",
             limit="equal totals",
             remedy="the pairs may differ in shape, the totals may not",
+        )
+    if local_nbytes > MAX_TOTAL_NBYTES:
+        raise LimitExceeded(
+            f"the lists have {local_nbytes} bytes", limit=f"{MAX_TOTAL_NBYTES} bytes", remedy="split the transfer"
         )
     return local_nbytes
 
@@ -289,10 +314,20 @@ def pair(left_nbytes: Column, right_nbytes: Column) -> Pairing:
 def cut_points(left_nbytes: Column, right_nbytes: Column, *, chunk_nbytes: int, max_pieces: int) -> list[int]:
     """Return byte positions 0 = p0 < p1 < ... < pn = total that cut a transfer into chunks.
 
-    Each chunk has at most ``chunk_nbytes`` bytes and touches at most ``max_pieces`` rows of either list.
+    Each chunk has at most ``chunk_nbytes`` bytes and touches at most ``max_pieces`` rows of either list. Totals are
+    equal (``check_total``).
+
+    Raises:
+        LimitExceeded: more than ``MAX_CHUNKS`` chunks.
     """
     left_ends, right_ends = np.cumsum(left_nbytes), np.cumsum(right_nbytes)
     total = int(left_ends[-1])
+    if total // chunk_nbytes >= MAX_CHUNKS:
+        raise LimitExceeded(
+            f"{total} bytes in chunks of {chunk_nbytes}",
+            limit=f"{MAX_CHUNKS} chunks a transfer",
+            remedy="split the transfer, or raise transfers.chunk",
+        )
     marks = np.concatenate(
         (
             left_ends[max_pieces - 1 :: max_pieces],
@@ -304,15 +339,28 @@ def cut_points(left_nbytes: Column, right_nbytes: Column, *, chunk_nbytes: int, 
     return [int(mark) for mark in np.unique(marks)]
 
 
+def _as_array(name: str, values: object) -> NDArray[Any]:
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind == "f" and not isinstance(values, np.ndarray | np.generic):
+            # numpy makes floats of an empty list, and of whole numbers of which some pass int64 and some do not.
+            array = np.asarray(values, dtype=object)
+    except ValueError as exc:
+        raise InvalidDescriptor(f"column {name} is ragged", limit="one number a row", remedy="give equal rows") from exc
+    return array
+
+
 def _as_column(name: str, values: object) -> Column:
-    array = np.atleast_1d(np.asarray(values))
+    array = np.atleast_1d(_as_array(name, values))
     if array.ndim != 1:
         raise InvalidDescriptor(f"column {name} has {array.ndim} dimensions", limit="1", remedy="flatten it")
     if array.dtype == U64:
         return np.ascontiguousarray(array)
     if array.dtype == object:  # numbers past int64 arrive as objects
-        if not all(isinstance(value, int) and 0 <= value < 1 << 64 for value in array):
-            raise InvalidDescriptor(f"column {name} has a value outside u64", limit="0 to 2**64 - 1", remedy="")
+        if not all(isinstance(value, int | np.integer) and 0 <= int(value) < 1 << 64 for value in array):
+            raise InvalidDescriptor(
+                f"column {name} has a value outside u64", limit="whole, 0 to 2**64 - 1", remedy="give whole bytes"
+            )
         return array.astype(U64)
     if array.dtype.kind not in "iu":
         raise InvalidDescriptor(

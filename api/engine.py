@@ -224,6 +224,9 @@ class Admin(Protocol):
     def undrain(self) -> None:
         """Take new work again. Raises ``InvalidState`` once the daemon is stopping."""
 
+    def log_level(self) -> str:
+        """Return the log level in force."""
+
     def set_log_level(self, level: str) -> str:
         """Set the level ("debug", "info", "warning", "error"); returns the previous one."""
 

@@ -31,7 +31,7 @@ class NodeChange:
 class Store(abc.ABC):
     """Records of nodes.
 
-    Must meet its deadline, and may fail: ``publish``, ``withdraw``, ``get``, ``list_nodes``.
+    Must meet its deadline, and may fail: ``publish``, ``withdraw``, ``get``, ``refresh``, ``list_nodes``.
     Must never fail, and heals itself: ``watch``.
     """
 
@@ -63,13 +63,30 @@ class Store(abc.ABC):
             PeerUnknown: no node of this name is known; the message names those that are.
         """
 
+    async def refresh(self, name: str) -> NodeInfo:
+        """Return a node's record as it is now, past anything cached; called when a peer did not answer as recorded.
+
+        A store that a watch keeps current need not override it. Raises like ``get``, and ``PeerLost`` where the
+        node itself has to be asked and does not answer.
+        """
+        return await self.get(name)
+
+    def learn(self, node: NodeInfo) -> None:  # noqa: B027 -- a store with a source of truth ignores it
+        """Be told the record of a node that made contact and proved its name. Must not block."""
+
+    def unlearn(self, name: str, reason: str) -> None:  # noqa: B027 -- as above
+        """Be told that a node said goodbye. Must not block; a name that is not known is fine."""
+
     @abc.abstractmethod
     async def list_nodes(self) -> list[NodeInfo]:
-        """Return all known records but our own, by name."""
+        """Return all known records but our own, by name.
+
+        A node that is known by name and address only, because it was not reached yet, has the epoch 0.
+        """
 
     @abc.abstractmethod
     def watch(self, name: str = "") -> AsyncIterator[NodeChange]:
-        """Yield the present record(s), then every change, until closed; "" watches all nodes."""
+        """Yield the present record(s), then every change, until the store is closed; "" watches all nodes."""
 
     @abc.abstractmethod
     async def load(self, node: NodeInfo) -> None:

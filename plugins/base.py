@@ -113,8 +113,8 @@ class Extent:
         Copies at most the rows it returns; ``start < stop <= nbytes``.
         """
         ends = np.cumsum(self.iov[:, 1])
-        first = int(np.searchsorted(ends, start, side="right"))
-        last = int(np.searchsorted(ends, stop, side="left"))
+        first = int(np.searchsorted(ends, np.uint64(start), side="right"))
+        last = int(np.searchsorted(ends, np.uint64(stop), side="left"))
         iov = self.iov[first : last + 1].copy()
         skip = start - (int(ends[first]) - int(self.iov[first, 1]))
         iov[-1, 1] -= np.uint64(int(ends[last]) - stop)

@@ -14,17 +14,25 @@ import ctypes
 import errno
 import os
 import select
+import socket
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xferd.api.errors import MoveFailed, ShortTransfer
+from xferd.api.descriptors import pair
+from xferd.api.errors import MoveFailed, PeerLost, ShortTransfer, XferdError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from xferd.plugins.base import IovTable
 
 IOV_MAX = 1024
 """Rows that one system call takes (``UIO_MAXIOV``)."""
+
+MEMMOVE_MAX_PIECES = 4
+MEMMOVE_MIN_NBYTES = 1 << 20
+"""When ``copy_mapped`` takes ``memmove``: at most so many pieces, of at least so many bytes on average."""
 
 MAX_CALL_NBYTES = 0x7FFF_F000
 """Bytes that one system call moves at most (``MAX_RW_COUNT``)."""
@@ -50,6 +58,34 @@ _preadv.restype = _ssize
 _pwritev = _libc.pwritev64
 _pwritev.argtypes = [_int, _ptr, _int, _off]
 _pwritev.restype = _ssize
+_sendmsg = _libc.sendmsg
+_sendmsg.argtypes = [_int, _ptr, _int]
+_sendmsg.restype = _ssize
+_recvmsg = _libc.recvmsg
+_recvmsg.argtypes = [_int, _ptr, _int]
+_recvmsg.restype = _ssize
+_recv = _libc.recv
+_recv.argtypes = [_int, _ptr, _ulong, _int]
+_recv.restype = _ssize
+
+
+class _MessageHeader(ctypes.Structure):
+    """``struct msghdr`` of a 64-bit Linux; only the iovec part is ever set here."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("namelen", ctypes.c_uint32),
+        ("iov", ctypes.c_void_p),
+        ("iovlen", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("controllen", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+_memmove = _libc.memmove
+_memmove.argtypes = [_ptr, _ptr, ctypes.c_size_t]
+_memmove.restype = _ptr
 
 
 def advance(iov: IovTable, moved: int) -> IovTable:
@@ -57,7 +93,7 @@ def advance(iov: IovTable, moved: int) -> IovTable:
     if moved == 0:
         return iov
     ends = np.cumsum(iov[:, 1])
-    first = int(np.searchsorted(ends, moved, side="right"))
+    first = int(np.searchsorted(ends, np.uint64(moved), side="right"))  # a plain int would turn ends into floats
     if first == len(iov):
         return iov[first:]
     rest = iov[first:].copy()
@@ -65,6 +101,23 @@ def advance(iov: IovTable, moved: int) -> IovTable:
     rest[0, 0] += skip
     rest[0, 1] -= skip
     return rest
+
+
+def split(iov: IovTable, nbytes: int) -> tuple[IovTable, IovTable]:
+    """Return a table's first ``nbytes`` bytes and the rest, cutting a row where the border falls into one.
+
+    ``0 <= nbytes <= total_nbytes(iov)``; the input is not changed, and may be shared with the result.
+    """
+    rest = advance(iov, nbytes)
+    if not len(rest):
+        return iov, rest
+    count = len(iov) - len(rest)
+    cut = int(iov[count, 1]) - int(rest[0, 1])
+    if not cut:
+        return iov[:count], rest
+    head = iov[: count + 1].copy()
+    head[count, 1] = cut
+    return head, rest
 
 
 def total_nbytes(iov: IovTable) -> int:
@@ -107,6 +160,27 @@ def copy_process(local: IovTable, remote: IovTable, pid: int, *, write: bool, pi
 def copy_local(source: IovTable, target: IovTable) -> int:
     """Copy within this process; an unmapped page is an error, where a memcpy would be killed by SIGBUS."""
     return copy_process(target, source, os.getpid(), write=False)
+
+
+def copy_mapped(source: IovTable, target: IovTable) -> int:
+    """Copy between mappings of this process that are sure to stay whole; returns the bytes copied, all of them.
+
+    Few large pieces go by ``memmove``: 14 GB/s where ``process_vm_readv`` makes 9.7, since the C library writes past
+    the cache. Many pieces do not: each call takes the interpreter lock again, which beside a busy thread cost
+    255 ms for 128 pieces, where one vectored call took 7.
+
+    Whole means: a memory file that backs a mapping must be sealed against shrinking, or the process is killed.
+    """
+    rows = len(source) + len(target) - 1
+    nbytes = total_nbytes(source)
+    if rows > MEMMOVE_MAX_PIECES or nbytes < rows * MEMMOVE_MIN_NBYTES:
+        return copy_local(source, target)
+    cuts = pair(source[:, 1], target[:, 1])
+    starts = source[cuts.left, 0] + cuts.left_skip
+    places = target[cuts.right, 0] + cuts.right_skip
+    for place, start, size in zip(places.tolist(), starts.tolist(), cuts.nbytes.tolist(), strict=True):
+        _memmove(place, start, size)
+    return nbytes
 
 
 def read_file(fd: int, offset: int, target: IovTable) -> int:
@@ -158,6 +232,115 @@ def write_file(fd: int, offset: int, source: IovTable) -> int:
     return done
 
 
+def send_all(sock_fd: int, source: IovTable) -> int:
+    """Send a table's bytes on a blocking stream socket; returns their number, all of them.
+
+    To break it off from another thread, shut the socket down.
+
+    Raises:
+        PeerLost: the connection broke; part of the bytes may have arrived.
+        MoveFailed: the memory cannot be read. The stream is out of step then, and good for nothing more.
+    """
+    want, done, message = total_nbytes(source), 0, _MessageHeader()
+    while done < want:
+        part = source[:IOV_MAX]
+        message.iov, message.iovlen = part.ctypes.data, len(part)
+        moved = _sendmsg(sock_fd, ctypes.byref(message), socket.MSG_NOSIGNAL)
+        if moved < 0:
+            code = ctypes.get_errno()
+            if code == errno.EINTR:
+                continue
+            raise _socket_failed("sendmsg", code, done, want)
+        done += moved
+        if done < want:
+            source = advance(source, moved)
+    return done
+
+
+def recv_all(sock_fd: int, target: IovTable) -> int:
+    """Fill a table from a blocking stream socket; returns the bytes received, all of them.
+
+    ``MSG_WAITALL`` makes the kernel fill up to 1024 rows in one call: that the stream comes in small pieces costs
+    no trips through the interpreter. To break it off from another thread, shut the socket down.
+
+    Raises:
+        PeerLost: the connection broke or ended before; part of the bytes may be in place.
+        MoveFailed: the memory cannot be written. The stream is out of step then, and good for nothing more.
+    """
+    want, done, message = total_nbytes(target), 0, _MessageHeader()
+    while done < want:
+        part = target[:IOV_MAX]
+        message.iov, message.iovlen = part.ctypes.data, len(part)
+        moved = _recvmsg(sock_fd, ctypes.byref(message), socket.MSG_WAITALL)
+        if moved <= 0:
+            code = ctypes.get_errno() if moved < 0 else 0
+            if code == errno.EINTR:
+                continue
+            raise _socket_failed("recvmsg", code, done, want)
+        done += moved
+        if done < want:
+            target = advance(target, moved)
+    return done
+
+
+def discard(sock_fd: int, nbytes: int) -> int:
+    """Drop bytes from a blocking TCP socket inside the kernel, with no copy and no buffer; returns their number.
+
+    Raises:
+        PeerLost: the connection broke or ended before.
+    """
+    done = 0
+    while done < nbytes:
+        moved = _recv(sock_fd, None, min(nbytes - done, MAX_CALL_NBYTES), socket.MSG_TRUNC)
+        if moved <= 0:
+            code = ctypes.get_errno() if moved < 0 else 0
+            if code == errno.EINTR:
+                continue
+            raise _socket_failed("recv", code, done, nbytes)
+        done += moved
+    return done
+
+
+def read_file_spans(fd: int, spans: IovTable, target: IovTable) -> int:
+    """Read spans of a file, in order, into memory of the same total; returns the bytes read, all of them.
+
+    Errors as with ``read_file``. One system call per 1024 rows of memory within a span, at least one a span.
+    """
+    return _move_spans(fd, spans, target, _preadv, read_file)
+
+
+def write_file_spans(fd: int, spans: IovTable, source: IovTable) -> int:
+    """Write memory to spans of a file of the same total, in order; returns the bytes written, all of them.
+
+    Errors as with ``write_file``.
+    """
+    return _move_spans(fd, spans, source, _pwritev, write_file)
+
+
+def _move_spans(
+    fd: int,
+    spans: IovTable,
+    memory: IovTable,
+    call: Callable[[int, int, int, int], int],
+    slowly: Callable[[int, int, IovTable], int],
+) -> int:
+    """Cut memory at the borders of the spans once, for all spans; then a system call for each span.
+
+    A span that one call did not move in full is done (again, from its start) by ``slowly``, which can tell why.
+    """
+    cuts = pair(spans[:, 1], memory[:, 1])
+    parts = np.empty((len(cuts.nbytes), 2), dtype=np.uint64)
+    parts[:, 0] = memory[cuts.right, 0] + cuts.right_skip
+    parts[:, 1] = cuts.nbytes
+    borders = np.searchsorted(cuts.left, np.arange(len(spans) + 1)).tolist()
+    base, done = parts.ctypes.data, 0
+    for (offset, nbytes), first, last in zip(spans.tolist(), borders, borders[1:], strict=False):
+        rows = last - first
+        moved = call(fd, base + first * parts.strides[0], rows, offset) if rows <= IOV_MAX else 0
+        done += moved if moved == nbytes else slowly(fd, offset, parts[first:last])
+    return done
+
+
 def has_ended(pidfd: int) -> bool:
     """Return whether the process of a pidfd has ended; does not wait."""
     poller = select.poll()
@@ -184,4 +367,14 @@ def _failed(call: str, code: int, done: int, want: int) -> MoveFailed:
         remedy=remedies.get(code, ""),
     )
     failure.__cause__ = error
+    return failure
+
+
+def _socket_failed(call: str, code: int, done: int, want: int) -> XferdError:
+    if code == errno.EFAULT:
+        return _failed(call, code, done, want)
+    if code == 0:
+        return PeerLost(f"the connection ended after {done} of {want} bytes")
+    failure = PeerLost(f"{call}: {errno.errorcode.get(code, code)} after {done} of {want} bytes")
+    failure.__cause__ = OSError(code, os.strerror(code))
     return failure

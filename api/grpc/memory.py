@@ -1,0 +1,72 @@
+"""MemoryService: pools and regions, and the slow road to their bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xferd.api import types as t
+from xferd.api import wire
+from xferd.api.grpc._rpc import answers, caller_of, closing
+from xferd.api.proto import xferd_v1_pb2 as pb
+from xferd.api.proto import xferd_v1_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from xferd.api.engine import Engine
+    from xferd.api.grpc._rpc import Context
+
+
+class MemoryServicer(pb_grpc.MemoryServiceServicer):
+    """Adapter over ``Memory``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @answers
+    async def Allocate(self, request: pb.AllocateRequest, context: Context) -> pb.RegionList:
+        caller = caller_of(self._engine, context)
+        return wire.listing_to_message(await self._engine.allocate(caller, wire.allocate_from_message(request)))
+
+    @answers
+    async def RegisterPrivate(self, request: pb.RegisterPrivateRequest, context: Context) -> pb.Region:
+        caller = caller_of(self._engine, context)
+        wanted = wire.register_private_from_message(request)
+        return wire.region_to_message(await self._engine.register_private(caller, wanted))
+
+    @answers
+    async def RegisterFile(self, request: pb.RegisterFileRequest, context: Context) -> pb.Region:
+        caller = caller_of(self._engine, context)
+        wanted = wire.register_file_from_message(request)
+        return wire.region_to_message(await self._engine.register_file(caller, wanted))
+
+    @answers
+    async def Free(self, request: pb.FreeRequest, context: Context) -> pb.FreeResponse:
+        caller = caller_of(self._engine, context)
+        await self._engine.free(caller, [t.RegionId(region) for region in request.region])
+        return pb.FreeResponse()
+
+    @answers
+    async def ListRegions(self, request: pb.ListRegionsRequest, context: Context) -> pb.RegionList:
+        caller = caller_of(self._engine, context)
+        return wire.listing_to_message(await self._engine.regions(caller, wire.region_query_from_message(request)))
+
+    # A coroutine that writes, where the stub expects a generator: a cancelled one cleans up at once.
+    @answers
+    async def Read(self, request: pb.ReadRegionRequest, context: Context) -> None:  # type: ignore[override]
+        caller = caller_of(self._engine, context)
+        stream = self._engine.read_region(caller, t.RegionId(request.region), request.offset, request.nbytes)
+        async with closing(stream) as chunks:
+            async for chunk in chunks:
+                await context.write(pb.Bytes(data=chunk))
+
+    @answers
+    async def Write(
+        self, request_iterator: AsyncIterator[pb.WriteRegionRequest], context: Context
+    ) -> pb.WriteRegionResponse:
+        caller = caller_of(self._engine, context)
+        nbytes = 0
+        async for request in request_iterator:
+            region = t.RegionId(request.region)
+            nbytes += await self._engine.write_region(caller, region, request.offset, request.data)
+        return pb.WriteRegionResponse(nbytes=nbytes)

@@ -1,0 +1,142 @@
+"""Handlers about sessions, regions and their bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from xferd.api import types as t
+from xferd.api.errors import NotFound, OutOfBounds, PermissionDenied, ShortTransfer, XferdError
+from xferd.api.rest import _answers as a
+from xferd.api.rest import _bodies as b
+from xferd.api.rest._route import OCTETS, Call
+
+_log = structlog.get_logger("xferd.rest")
+
+
+async def list_sessions(call: Call[None, None]) -> a.SessionList:
+    """List live sessions with what each holds."""
+    return a.SessionList(tuple(call.engine.sessions()))
+
+
+async def open_session(call: Call[None, b.SessionBody]) -> t.SessionGrant:
+    """Open a session; its token goes with every call that owns or moves something.
+
+    The token is secret. The session ends by DELETE, or when no call carried the token for `ttl_s` seconds; all that
+    it holds is then released.
+    """
+    ttl_s = call.settings.session_ttl_s if call.body.ttl_s is None else call.body.ttl_s
+    return await call.engine.open_session(call.body.agent, t.Transport.REST, ttl_s=ttl_s)
+
+
+async def end_session(call: Call[None, None]) -> None:
+    """End a session: cancel its transfers, release all it holds. With its own token, or by the operator."""
+    session = t.SessionId(call.part("id"))
+    if call.caller.session not in (None, session):
+        raise PermissionDenied(
+            f"session {session[:80]!r} is not the caller's",
+            limit="the own session",
+            remedy="send the token of that session, or the admin token",
+        )
+    if all(info.session != session for info in call.engine.sessions()):
+        raise NotFound(f"no live session {session[:80]!r}", remedy="GET /v1/sessions lists them")
+    await call.engine.end_session(session, "ended over REST")
+
+
+async def list_regions(call: Call[b.RegionsQuery, None]) -> t.RegionListing:
+    """List regions: a session's own and those of others that grant access; all of them to the operator."""
+    query = t.RegionQuery(call.query.node, call.query.agent, call.query.label)
+    return await call.engine.regions(call.caller, query)
+
+
+async def create_regions(
+    call: Call[None, b.AllocateBody | b.FileBody | b.PrivateBody],
+) -> t.RegionListing:
+    """Allocate a group of regions from a pool, or register a file.
+
+    The body's `kind` says which. Private memory cannot be registered by a session that was opened over HTTP, because
+    HTTP does not tell the daemon which process calls.
+    """
+    body = call.body
+    if isinstance(body, b.AllocateBody):
+        return await call.engine.allocate(call.caller, body.to_request())
+    if isinstance(body, b.FileBody):
+        region = await call.engine.register_file(call.caller, body.to_request())
+    else:
+        region = await call.engine.register_private(call.caller, body.to_request())
+    return t.RegionListing(region.node, region.epoch, (region,))
+
+
+async def get_region(call: Call[None, None]) -> t.RegionInfo:
+    """Return a region's record."""
+    return await _find(call, call.region())
+
+
+async def free_region(call: Call[None, None]) -> None:
+    """Free a region of the calling session."""
+    await call.engine.free(call.caller, (call.region(),))
+
+
+async def read_bytes(call: Call[b.SpanQuery, None]) -> web.StreamResponse:
+    """Return the bytes of a span, streamed; Content-Length says how many.
+
+    A failure after the first byte breaks the connection off, so that a short body never looks whole.
+    """
+    info = await _find(call, call.region())
+    offset = call.query.offset
+    nbytes = info.nbytes - offset if call.query.nbytes is None else call.query.nbytes
+    _check_span(info, offset, nbytes)
+    if nbytes == 0:
+        return web.Response(content_type=OCTETS)
+    blocks = call.engine.read_region(call.caller, info.id, offset, nbytes)
+    first = await anext(blocks, b"")  # errors come up here, while the status can still tell them
+    response = web.StreamResponse(headers={"Content-Type": OCTETS, "Content-Length": str(nbytes)})
+    await response.prepare(call.request)
+    try:
+        await response.write(first)
+        sent = len(first)
+        async for block in blocks:
+            await response.write(block)
+            sent += len(block)
+            call.renew()
+        if sent != nbytes:
+            raise ShortTransfer(f"{sent} bytes of {nbytes} read", limit=f"{nbytes} bytes")
+    except XferdError as error:
+        _log.warning("read broken off", region=info.id, error=str(error), code=error.code)
+        if call.request.transport is not None:
+            call.request.transport.abort()
+    return response
+
+
+async def write_bytes(call: Call[b.OffsetQuery, None]) -> a.Written:
+    """Write the body into a region from `offset` on; answers when all bytes are in place.
+
+    The body is streamed. One that announces more bytes than fit is refused before any is written; one of unknown
+    length that turns out too long has filled the region up to the part that did not fit.
+    """
+    region, offset = call.region(), call.query.offset
+    info = await _find(call, region)
+    _check_span(info, offset, call.request.content_length or 0)
+    written = 0
+    async for block in call.blocks():
+        written += await call.engine.write_region(call.caller, region, offset + written, block)
+        call.renew()
+    return a.Written(written)
+
+
+async def _find(call: Call[Any, Any], region: t.RegionId) -> t.RegionInfo:
+    listing = await call.engine.regions(call.caller, t.RegionQuery(regions=(region,)))
+    if not listing.regions:
+        raise NotFound(f"no region {region} that the caller may see", remedy="GET /v1/regions lists them")
+    return listing.regions[0]
+
+
+def _check_span(info: t.RegionInfo, offset: int, nbytes: int) -> None:
+    if nbytes < 0 or offset + nbytes > info.nbytes:
+        raise OutOfBounds(
+            f"offset {offset} and {max(nbytes, 0)} bytes in region {info.id}",
+            limit=f"{info.nbytes} bytes",
+            remedy="stay inside the region",
+        )

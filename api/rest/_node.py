@@ -1,0 +1,133 @@
+"""Handlers about the node and the others: health, configuration, listings, metadata, drain, log level."""
+
+from __future__ import annotations
+
+import json
+
+from aiohttp import web
+
+from xferd.api import types as t
+from xferd.api.rest import _answers as a
+from xferd.api.rest import _bodies as b
+from xferd.api.rest._route import JSON, OCTETS, TEXT, Call
+from xferd.api.rest._shapes import shape_of
+
+
+async def livez(call: Call[None, None]) -> web.Response:
+    """Say whether the daemon's event loop ran lately.
+
+    200: it did. 503: it did not; the reason says for how long. Restart the daemon.
+    """
+    return _health(call.engine.liveness())
+
+
+async def readyz(call: Call[None, None]) -> web.Response:
+    """Say whether new work is taken.
+
+    200: it is. 503: starting, draining or stopping; the reason says which. Send new work elsewhere.
+    """
+    return _health(call.engine.readiness())
+
+
+def _health(reason: str) -> web.Response:
+    health = a.Health("failing" if reason else "ok", reason)
+    body = json.dumps(shape_of(a.Health).encode(health)).encode()
+    return web.Response(status=503 if reason else 200, body=body, content_type=JSON)
+
+
+async def metrics(call: Call[None, None]) -> web.Response:
+    """Return all metrics in the Prometheus text format."""
+    headers = {"Content-Type": f"{TEXT}; version=0.0.4; charset=utf-8"}
+    return web.Response(body=call.engine.metrics(), headers=headers)
+
+
+async def get_node(call: Call[None, None]) -> t.NodeStatus:
+    """Return this node's record, health and counters."""
+    return call.engine.status()
+
+
+async def get_config(call: Call[None, None]) -> a.ConfigDocument | web.Response:
+    """Return the configuration in force; as plain TOML to a client that accepts text/plain."""
+    toml = call.engine.config_toml()
+    if TEXT in call.request.headers.get("Accept", ""):
+        return web.Response(text=toml, content_type=TEXT)
+    return a.ConfigDocument(toml)
+
+
+async def list_pools(call: Call[None, None]) -> a.PoolList:
+    """List pools with their statistics."""
+    return a.PoolList(tuple(call.engine.pools()))
+
+
+async def list_backends(call: Call[None, None]) -> a.BackendList:
+    """List the configured backends with what they can move and have moved."""
+    return a.BackendList(tuple(call.engine.backends()))
+
+
+async def list_holds(call: Call[None, None]) -> a.HoldList:
+    """List everything held: by whom, why, since when, until when."""
+    return a.HoldList(tuple(call.engine.holds()))
+
+
+async def list_peers(call: Call[None, None]) -> a.PeerList:
+    """List the nodes that this one knows, itself left out."""
+    return a.PeerList(tuple(call.engine.peers()))
+
+
+async def list_agents(call: Call[None, None]) -> a.AgentList:
+    """List agents of this node and of the nodes it knows."""
+    nodes = [await call.engine.node(), *(peer.node for peer in call.engine.peers())]
+    return a.AgentList(tuple(a.Agent(f"{agent}@{node.name}", node.name) for node in nodes for agent in node.agents))
+
+
+async def get_other_node(call: Call[None, None]) -> t.NodeInfo:
+    """Return a node's record by its name."""
+    return await call.engine.node(call.part("name"))
+
+
+async def list_node_regions(call: Call[b.FilterQuery, None]) -> t.RegionListing:
+    """List the regions of a node that the caller may see, asked from that node."""
+    query = t.RegionQuery(call.part("name"), call.query.agent, call.query.label)
+    return await call.engine.regions(call.caller, query)
+
+
+async def export_metadata(call: Call[None, b.ExportBody]) -> web.Response:
+    """Return this node's record and regions as a blob, to be carried by any means and loaded elsewhere."""
+    regions = None if call.body.regions is None else b.region_ids(call.body.regions)
+    return web.Response(body=await call.engine.export_metadata(regions), content_type=OCTETS)
+
+
+async def import_metadata(call: Call[None, None]) -> t.RegionListing:
+    """Load another node's blob; what was known of that node is replaced."""
+    return await call.engine.import_metadata(await call.raw())
+
+
+async def forget_metadata(call: Call[None, None]) -> None:
+    """Forget a node that came by a blob."""
+    await call.engine.invalidate(call.part("node"))
+
+
+async def drain(call: Call[None, b.DrainBody]) -> a.Drained:
+    """Refuse new work and wait until what runs has ended or the time is over.
+
+    The node goes on refusing work after the answer, until the drain is taken back.
+    """
+    left = await call.engine.drain(call.body.timeout_s)
+    return a.Drained(left == 0, left)
+
+
+async def undrain(call: Call[None, None]) -> None:
+    """Take new work again."""
+    call.engine.undrain()
+
+
+async def get_log_level(call: Call[None, None]) -> a.LogLevel:
+    """Return the log level in force, as level and as previous."""
+    level = call.engine.log_level()
+    return a.LogLevel(level, level)
+
+
+async def set_log_level(call: Call[None, b.LogLevelBody]) -> a.LogLevel:
+    """Set the log level until the next reload or restart; answers the previous one too."""
+    previous = call.engine.set_log_level(call.body.level)
+    return a.LogLevel(call.body.level, previous)

@@ -1,0 +1,397 @@
+"""Where transfers are handed in: requests checked and planned, keys remembered, ended ones kept and forgotten.
+
+Moving is the runner's, deciding the machine's. ``daemon/service.py`` puts the faces' protocol on top.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections import OrderedDict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import structlog
+
+from xferd.api.descriptors import PreparedRef
+from xferd.api.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    SizeMismatch,
+    Unauthenticated,
+    XferdError,
+)
+from xferd.api.types import ENDED, Access, TransferId, TransferOp, TransferState
+from xferd.daemon.engine.machine import Transfer
+from xferd.daemon.memory.regions import LocalActor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from xferd.api.descriptors import ListSpec
+    from xferd.api.types import Caller, Notification, SessionId, TransferRequest, TransferStatus
+    from xferd.daemon.engine.lists import CheckedList, ListBook
+    from xferd.daemon.engine.machine import TransferMachine
+    from xferd.daemon.engine.notifications import Inboxes
+    from xferd.daemon.engine.plan import Plan
+    from xferd.daemon.engine.planner import Planner
+    from xferd.daemon.engine.runner import Runner
+    from xferd.daemon.memory.regions import RegionTable
+
+log = structlog.get_logger(__name__)
+
+
+class TransferCounters:
+    """How transfers ended since the start, for status and metrics."""
+
+    def __init__(self) -> None:
+        self.ended = dict.fromkeys(ENDED, 0)
+        self.moved_nbytes = 0
+
+
+class TransferDesk:
+    """Takes in transfers of sessions and answers for them.
+
+    Args:
+        max_transfers: transfers that one session may have, ended ones included; beyond it the oldest ended one is
+            forgotten, and if none has ended the submit is refused.
+        keep_plans_nbytes: memory for plans of ended transfers, so that they can be posted again.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        machine: TransferMachine,
+        runner: Runner,
+        lists: ListBook,
+        planner: Planner,
+        regions: RegionTable,
+        inboxes: Inboxes,
+        *,
+        default_timeout_s: float,
+        max_transfers: int,
+        keep_plans_nbytes: int,
+    ) -> None:
+        self._node = node
+        self._machine = machine
+        self._runner = runner
+        self._lists = lists
+        self._planner = planner
+        self._regions = regions
+        self._inboxes = inboxes
+        self.default_timeout_s = default_timeout_s
+        self.max_transfers = max_transfers
+        self._keep_plans_nbytes = keep_plans_nbytes
+        self._kept_plans: OrderedDict[TransferId, int] = OrderedDict()
+        self._kept_nbytes = 0
+        self._by_session: dict[SessionId, OrderedDict[TransferId, Transfer]] = {}
+        self._keys: dict[tuple[SessionId, str], tuple[TransferId, bytes]] = {}
+        self.counters = TransferCounters()
+
+    # ------------------------------------------------------------------------------------ submit
+
+    async def submit(self, caller: Caller, request: TransferRequest) -> TransferStatus:
+        """Create a transfer and, unless ``hold``, post it."""
+        session = _session(caller)
+        digest = b""
+        if request.key:
+            digest = _digest(request)
+            known = self._known(session, request.key, digest)
+            if known is not None:
+                return known.status()
+        plan = await self.plan(caller, request)
+        if request.key:
+            # Planning may have waited for a peer; the same key may have come in meanwhile.
+            known = self._known(session, request.key, digest)
+            if known is not None:
+                return known.status()
+        transfer = self._create(caller, session, request, plan)
+        if request.key:
+            self._keys[session, request.key] = (transfer.id, digest)
+        if not request.hold:
+            try:
+                self._post(transfer)
+            except XferdError:
+                self._forget(transfer)
+                raise
+        return transfer.status()
+
+    async def plan(self, caller: Caller, request: TransferRequest) -> Plan:
+        """Check a request's lists and rights and plan it, changing nothing."""
+        if request.notification is not None:
+            self._inboxes.check(request.notification)
+        if request.timeout_s < 0:
+            raise InvalidArgument(f"timeout_s is {request.timeout_s}", limit="at least 0", remedy="0 is the default")
+        local = await self._lists.checked(caller.session, request.local)
+        remote = await self._lists.checked(caller.session, request.remote)
+        if local.node:
+            raise InvalidArgument(
+                f"the local list is of node {local.node}",
+                limit=f"node {self._node}",
+                remedy="swap the lists and the op",
+            )
+        local_nbytes, remote_nbytes = int(local.nbytes.sum()), int(remote.nbytes.sum())
+        if local_nbytes != remote_nbytes:
+            raise SizeMismatch(
+                f"the local list has {local_nbytes} bytes and the remote list {remote_nbytes}",
+                limit="equal totals",
+                remedy="the pairs may differ in shape, the totals may not",
+            )
+        _check_remote_rights(remote, request.op)
+        source, target = (remote, local) if request.op is TransferOp.READ else (local, remote)
+        return self._planner.plan(source, target, pin=request.backend)
+
+    def post(self, caller: Caller, transfer_id: TransferId) -> TransferStatus:
+        """Post a held transfer, or an ended one again."""
+        transfer = self.owned(caller, transfer_id)
+        self._post(transfer)
+        return transfer.status()
+
+    # ------------------------------------------------------------------------------------ look
+
+    def poll(self, caller: Caller, ids: Sequence[TransferId]) -> list[TransferStatus]:
+        """Return the status of each."""
+        return [self.owned(caller, transfer_id).status() for transfer_id in ids]
+
+    async def wait(
+        self, caller: Caller, ids: Sequence[TransferId], timeout_s: float, *, any_of: bool
+    ) -> list[TransferStatus]:
+        """Wait for all or any to end; the timeout is no error."""
+        transfers = [self.owned(caller, transfer_id) for transfer_id in ids]
+        await self._runner.wait(transfers, timeout_s, any_of=any_of)
+        return [transfer.status() for transfer in transfers]
+
+    async def watch(self, caller: Caller, ids: Sequence[TransferId]) -> AsyncIterator[TransferStatus]:
+        """Yield transfers as they end, those that had ended first."""
+        session = _session(caller)
+        wanted = {transfer_id: self.owned(caller, transfer_id) for transfer_id in ids}
+        queue = self._runner.watch(session)
+        try:
+            for transfer in list(wanted.values() if wanted else self._by_session.get(session, {}).values()):
+                if transfer.state in ENDED:
+                    wanted.pop(transfer.id, None)
+                    yield transfer.status()
+            while wanted or not ids:
+                transfer = await queue.get()
+                if not ids or wanted.pop(transfer.id, None) is not None:
+                    yield transfer.status()
+        finally:
+            self._runner.unwatch(session, queue)
+
+    def transfers(self, *, active_only: bool = False, agent: str = "") -> list[TransferStatus]:
+        """List transfers of all sessions."""
+        return [
+            transfer.status()
+            for transfer in self._machine.transfers.values()
+            if (transfer.is_active or not active_only) and agent in ("", transfer.agent)
+        ]
+
+    def count(self, session: SessionId) -> int:
+        """Return how many transfers a session has, ended ones included."""
+        return len(self._by_session.get(session, ()))
+
+    @property
+    def active(self) -> list[Transfer]:
+        """Transfers whose bytes may move now."""
+        return [transfer for transfer in self._machine.transfers.values() if transfer.is_active]
+
+    # ------------------------------------------------------------------------------------ end
+
+    async def cancel(self, caller: Caller, ids: Sequence[TransferId]) -> list[TransferStatus]:
+        """Cancel and wait until no byte moves any more."""
+        transfers = [self.owned(caller, transfer_id) for transfer_id in ids]
+        for transfer in transfers:
+            self._runner.cancel(transfer)
+        await self._runner.wait(transfers, None)
+        return [transfer.status() for transfer in transfers]
+
+    async def release(self, caller: Caller, ids: Sequence[TransferId]) -> None:
+        """Cancel what runs, then forget."""
+        await self.cancel(caller, ids)
+        for transfer_id in ids:
+            transfer = self._machine.transfers.get(transfer_id)
+            if transfer is not None and not transfer.is_active:
+                self._forget(transfer)
+
+    async def end_session(self, session: SessionId) -> None:
+        """Cancel all transfers of a session, wait until they have come to rest, forget them."""
+        transfers = list(self._by_session.get(session, {}).values())
+        for transfer in transfers:
+            self._runner.cancel(transfer)
+        await self._runner.wait(transfers, None)
+        for transfer in transfers:
+            self._forget(transfer)
+        self._by_session.pop(session, None)
+
+    async def wait_all(self, timeout_s: float) -> None:
+        """Return when nothing is active, or the time is over."""
+        await self._runner.wait(self.active, timeout_s)
+
+    def on_ended(self, transfer: Transfer) -> None:
+        """Take note that a transfer has come to rest; the runner calls it before it wakes anyone."""
+        self._regions.release(_holder(transfer))
+        self.counters.ended[transfer.state] += 1
+        self.counters.moved_nbytes += transfer.moved_nbytes
+        if transfer.plan is not None:
+            self._keep_plan(transfer.id, transfer.plan.memory_nbytes)
+        if transfer.state is TransferState.FAILED:
+            log.warning(
+                "transfer_failed",
+                transfer=transfer.id,
+                agent=transfer.agent,
+                cause_id=transfer.cause_id,
+                code=transfer.verdict.code if transfer.verdict else "",
+                error=str(transfer.verdict),
+            )
+
+    def owned(self, caller: Caller, transfer_id: TransferId) -> Transfer:
+        """Return a transfer that the caller may act on.
+
+        Raises:
+            NotFound: there is none of this id.
+            PermissionDenied: it is another session's.
+        """
+        transfer = self._machine.transfers.get(transfer_id)
+        if transfer is None:
+            raise NotFound(
+                f"no transfer {transfer_id!r}", remedy="ended ones are forgotten with their session or by release"
+            )
+        if transfer.session != caller.session and not caller.admin:
+            raise PermissionDenied(f"transfer {transfer_id} belongs to another session", remedy="act on your own")
+        return transfer
+
+    # ------------------------------------------------------------------------------------ internals
+
+    def _post(self, transfer: Transfer) -> None:
+        """Hold the local regions, then post; the holds end with the post."""
+        if not transfer.is_active and transfer.plan is not None:
+            self._hold(transfer)
+        try:
+            self._runner.post(transfer)
+        except XferdError:
+            if not transfer.is_active:
+                self._regions.release(_holder(transfer))
+            raise
+        self._unkeep_plan(transfer.id)
+
+    def _hold(self, transfer: Transfer) -> None:
+        actor, holder = LocalActor(transfer.session), _holder(transfer)
+        assert transfer.plan is not None
+        try:
+            for regions, write in ((transfer.plan.source_regions, False), (transfer.plan.target_regions, True)):
+                if regions:
+                    self._regions.hold(regions, holder, f"transfer of agent {transfer.agent}", actor, write=write)
+        except XferdError:
+            self._regions.release(holder)
+            raise
+
+    def _create(self, caller: Caller, session: SessionId, request: TransferRequest, plan: Plan) -> Transfer:
+        mine = self._by_session.setdefault(session, OrderedDict())
+        if len(mine) >= self.max_transfers:
+            oldest = next((transfer for transfer in mine.values() if not transfer.is_active), None)
+            if oldest is None:
+                raise Overloaded(
+                    f"agent {caller.agent} has {len(mine)} transfers under way",
+                    limit=f"{self.max_transfers} transfers (limits.max_transfers)",
+                    remedy="wait for some to end, or put more descriptors into each",
+                )
+            self._forget(oldest)
+        transfer_id = TransferId(secrets.token_hex(8))
+        transfer = Transfer(
+            id=transfer_id,
+            session=session,
+            agent=caller.agent,
+            key=request.key,
+            op=request.op,
+            priority=request.priority,
+            cause_id=request.cause_id or transfer_id,
+            local_node=self._node,
+            remote_node=plan.remote_node or self._node,
+            timeout_s=request.timeout_s or self.default_timeout_s,
+            notification=self._addressed(caller, request, transfer_id),
+            plan=plan,
+            created_at=self._runner.clock(),
+        )
+        self._machine.add(transfer)
+        mine[transfer_id] = transfer
+        return transfer
+
+    def _addressed(self, caller: Caller, request: TransferRequest, transfer_id: TransferId) -> Notification | None:
+        if request.notification is None:
+            return None
+        source = f"{caller.agent}@{self._node}"
+        return replace(request.notification, source=source, transfer=transfer_id)
+
+    def _known(self, session: SessionId, key: str, digest: bytes) -> Transfer | None:
+        """Return the transfer that this key made before."""
+        entry = self._keys.get((session, key))
+        if entry is None:
+            return None
+        if entry[1] != digest:
+            raise AlreadyExists(
+                f"key {key!r} was used for another request, transfer {entry[0]}",
+                remedy="use a new key for a new request",
+            )
+        return self._machine.transfers.get(entry[0])
+
+    def _forget(self, transfer: Transfer) -> None:
+        self._machine.forget(transfer)
+        self._unkeep_plan(transfer.id)
+        self._by_session.get(transfer.session, OrderedDict()).pop(transfer.id, None)
+        if transfer.key:
+            self._keys.pop((transfer.session, transfer.key), None)
+
+    def _keep_plan(self, transfer_id: TransferId, nbytes: int) -> None:
+        """Keep an ended transfer's plan for a re-post, at the cost of the oldest kept ones."""
+        self._kept_plans[transfer_id] = nbytes
+        self._kept_nbytes += nbytes
+        while self._kept_nbytes > self._keep_plans_nbytes and len(self._kept_plans) > 1:
+            oldest, freed_nbytes = self._kept_plans.popitem(last=False)
+            self._kept_nbytes -= freed_nbytes
+            self._machine.transfers[oldest].plan = None
+
+    def _unkeep_plan(self, transfer_id: TransferId) -> None:
+        self._kept_nbytes -= self._kept_plans.pop(transfer_id, 0)
+
+
+def _session(caller: Caller) -> SessionId:
+    if caller.session is None:
+        raise Unauthenticated("transfers belong to a session", remedy="open a session and send its token")
+    return caller.session
+
+
+def _holder(transfer: Transfer) -> str:
+    return f"transfer {transfer.id}"
+
+
+def _check_remote_rights(remote: CheckedList, op: TransferOp) -> None:
+    need = Access.READ if op is TransferOp.READ else Access.WRITE
+    if remote.node and need not in remote.rights:
+        raise PermissionDenied(
+            f"a region of the remote list does not grant {need.name}",
+            limit=f"access {remote.rights.name or 'NONE'} on node {remote.node}",
+            remedy=f"its owner must register it with access {need.name}",
+        )
+
+
+def _digest(request: TransferRequest) -> bytes:
+    """Return a hash over all that makes a request what it is, so that a key cannot name two requests."""
+    state = hashlib.blake2b(digest_size=16)
+    for spec in (request.local, request.remote):
+        for part in _parts(spec):
+            state.update(len(part).to_bytes(8, "little"))
+            state.update(part)
+    rest = (request.op, request.timeout_s, request.priority, request.notification, request.backend, request.hold)
+    state.update(repr(rest).encode())
+    return state.digest()
+
+
+def _parts(spec: ListSpec) -> tuple[bytes | memoryview, ...]:
+    if isinstance(spec, PreparedRef):
+        return b"prepared", str(spec.handle).encode(), b"" if spec.index is None else memoryview(spec.index).cast("B")
+    columns = (memoryview(np.ascontiguousarray(c)).cast("B") for c in (spec.region, spec.offset, spec.nbytes))
+    return spec.node.encode(), str(spec.epoch).encode(), *columns

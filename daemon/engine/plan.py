@@ -1,0 +1,98 @@
+"""What the planner hands to the machine: legs, routes and chunk borders. Pure values; made in ``planner.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xferd.api.types import Hop, RegionId
+    from xferd.plugins.base import Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A way to move a leg: one backend, or two with staging memory between them.
+
+    ``slot_key`` names what its chunks compete for, and ``slots`` how many of them may move at once.
+    """
+
+    hops: tuple[Hop, ...]
+    cost_s: float
+    slot_key: tuple[str, str]
+    slots: int
+    is_restartable: bool
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends in the order the bytes pass them."""
+        return tuple(hop.backend for hop in self.hops)
+
+    @property
+    def name(self) -> str:
+        """For logs and errors: "posix+tcp"."""
+        return "+".join(self.backends)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether chunks pass through staging memory."""
+        return len(self.hops) > 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leg:
+    """The part of a transfer between one source space and one target space.
+
+    ``cuts`` are byte positions 0 = c0 < ... < cn = total; chunk i is the bytes from c[i] to c[i + 1].
+    ``routes`` are in the order in which they are tried.
+    """
+
+    source: Extent
+    target: Extent
+    cuts: tuple[int, ...]
+    routes: tuple[Route, ...]
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return len(self.cuts) - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """All legs of a transfer, with what was weighed.
+
+    ``pieces`` counts both sides after coalescing. ``source_regions`` and ``target_regions`` are those of this node,
+    which must be held while bytes move; ``remote_node`` is "" for a transfer within this node.
+    """
+
+    legs: tuple[Leg, ...]
+    total_nbytes: int
+    descriptors: int
+    pieces: int
+    considered: tuple[str, ...]
+    source_regions: tuple[RegionId, ...]
+    target_regions: tuple[RegionId, ...]
+    remote_node: str
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks over all legs."""
+        return sum(leg.chunks for leg in self.legs)
+
+    @property
+    def memory_nbytes(self) -> int:
+        """What keeping the plan costs: the tables of all extents."""
+        return sum(
+            extent.iov.nbytes + (0 if extent.region is None else extent.region.nbytes)
+            for leg in self.legs
+            for extent in (leg.source, leg.target)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRef:
+    """One chunk of a plan: leg number and chunk number within it."""
+
+    leg: int
+    number: int

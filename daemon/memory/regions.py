@@ -1,0 +1,514 @@
+"""The region table: who owns which span, under which generation, who may touch it, and who holds it now.
+
+Every descriptor of the daemon is checked here. Columns stay columns (``slots.py``): a list of 100,000 rows costs a
+few gathers and no Python loop. The table is used from the event loop and from lane threads; one lock guards it, and
+what is done under it is proportional to slots, never to rows.
+
+Not here: opening, mapping and closing of memory (``backing.py``, ``pool.py``, ``files.py``). Backings of removed
+regions are handed to the caller, who closes them outside the lock.
+
+Order of a session's end: ``retire`` (no new holds), cancel what ``holders_of`` names, ``wait_idle``,
+``remove_retired``, close the backings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from xferd.api.errors import Busy, Closed, InvalidArgument, Overloaded, PermissionDenied, Stale
+from xferd.api.types import Access, HoldInfo, RegionId, RegionInfo
+from xferd.daemon.memory.resolving import Resolved, resolve_in, slots_of
+from xferd.daemon.memory.slots import SlotTable, slot_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from xferd.api.descriptors import Column, DescriptorList
+    from xferd.api.types import RegionQuery, SessionId
+    from xferd.daemon.memory.backing import Backing
+
+__all__ = ["Actor", "LocalActor", "PeerActor", "RegionTable", "Resolved"]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalActor:
+    """A session of this node: may do all with its own regions, and with others' what their access says."""
+
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class PeerActor:
+    """Another node: may do what a region's access says."""
+
+    node: str
+
+
+Actor: TypeAlias = LocalActor | PeerActor
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    info: RegionInfo
+    backing: Backing
+    owner: SessionId
+    since: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Hold:
+    ids: Column
+    slots: NDArray[np.intp]
+    reason: str
+    since: float
+
+
+@dataclass(slots=True, eq=False)
+class _Owned:
+    """A session's regions, and who waits until they are idle."""
+
+    number: int
+    slots: set[int] = field(default_factory=set)
+    retired: bool = False
+    waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = field(default_factory=list)
+
+    def as_array(self) -> NDArray[np.intp]:
+        return np.fromiter(self.slots, dtype=np.intp, count=len(self.slots))
+
+
+class RegionTable:
+    """All regions of this node. Thread-safe.
+
+    Args:
+        node: name of this node, as it stands in records.
+        epoch: of this node.
+        max_regions: most regions at once.
+        first_generation: where generations start; None takes a random 31-bit number.
+        clock: UNIX time, for listings.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        epoch: int,
+        max_regions: int,
+        *,
+        first_generation: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._node = node
+        self._epoch = epoch
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._slots = SlotTable(max_regions, secrets.randbits(31) if first_generation is None else first_generation)
+        self._records: dict[int, _Record] = {}
+        self._owned: dict[SessionId, _Owned] = {}
+        self._owner_numbers: list[int] = []  # free ones
+        self._holds: dict[str, list[_Hold]] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    # ------------------------------------------------------------------------------------- add and remove
+
+    def add(
+        self,
+        owner: SessionId,
+        agent: str,
+        backing: Backing,
+        nbytes: int,
+        *,
+        access: Access = Access.NONE,
+        label: str = "",
+        writable: bool = True,
+    ) -> RegionInfo:
+        """Enter one region; see ``add_group``."""
+        (info,) = self.add_group(owner, agent, [(backing, nbytes)], access=access, label=label, writable=writable)
+        return info
+
+    def add_group(
+        self,
+        owner: SessionId,
+        agent: str,
+        backings: Sequence[tuple[Backing, int]],
+        *,
+        access: Access = Access.NONE,
+        label: str = "",
+        writable: bool = True,
+    ) -> tuple[RegionInfo, ...]:
+        """Enter regions of one owner, all or none. The table owns the backings only after it returns.
+
+        The caller makes sure, in the same step of the event loop, that the session is alive.
+
+        Raises:
+            Overloaded: the table is full.
+            InvalidArgument: a region of 0 bytes, or one that passes the end of what can be addressed.
+            Closed: the session is being ended.
+        """
+        for backing, nbytes in backings:
+            _check_span(backing, nbytes)
+        since = self._clock()
+        with self._lock:
+            room = self._slots.max_slots - len(self._slots)
+            if len(backings) > room:
+                raise Overloaded(
+                    f"{len(backings)} more regions, and {len(self._slots)} are registered",
+                    limit=f"{self._slots.max_slots} regions",
+                    remedy="free regions, or raise limits.max_regions",
+                )
+            owned = self._owned.get(owner)
+            if owned is not None and owned.retired:
+                raise Closed(f"session {owner} is being ended", remedy="open a new session")
+            if owned is None:
+                owned = self._owned[owner] = _Owned(self._take_owner_number())
+            infos = []
+            for backing, nbytes in backings:
+                region = self._slots.add(
+                    backing.position, nbytes, backing.space, owned.number, access, writable=writable
+                )
+                info = self._info_of(region, agent, backing, nbytes, access, label, writable)
+                self._records[slot_of(region)] = _Record(info, backing, owner, since)
+                owned.slots.add(slot_of(region))
+                infos.append(info)
+            return tuple(infos)
+
+    def remove(self, session: SessionId, ids: Sequence[RegionId]) -> list[Backing]:
+        """Take out regions of a session, all or none, and return their backings for the caller to close.
+
+        Raises:
+            NotFound, Stale: an id names nothing.
+            PermissionDenied: a region of another session.
+            Busy: a region is held; the message names the holder.
+        """
+        wanted = list(dict.fromkeys(ids))
+        with self._lock:
+            for region in wanted:
+                record = self._record(region)
+                if record.owner != session:
+                    raise PermissionDenied(
+                        f"region {region} belongs to another session, of agent {record.info.agent}",
+                        remedy="a region is freed by its owner, or when the owner's session ends",
+                    )
+                self._check_idle(region)
+            return [self._take_out(slot_of(region)) for region in wanted]
+
+    def retire(self, session: SessionId) -> None:
+        """Begin a session's end: its regions take no new holds and are no longer listed to others. Twice is fine."""
+        with self._lock:
+            owned = self._owned.get(session)
+            if owned is not None:
+                owned.retired = True
+                self._slots.closing[owned.as_array()] = True
+
+    def remove_retired(self, session: SessionId) -> list[Backing]:
+        """Take out all regions of a retired session and return their backings for the caller to close.
+
+        Raises:
+            Busy: one is held still; ``wait_idle`` comes first.
+        """
+        with self._lock:
+            owned = self._owned.get(session)
+            if owned is None:
+                return []
+            if not owned.retired:
+                raise Busy(f"session {session} is alive", remedy="retire it first")
+            for slot in owned.slots:
+                self._check_idle(int(self._slots.ids[slot]))
+            return [self._take_out(slot) for slot in tuple(owned.slots)] if owned.slots else self._forget(session)
+
+    # ---------------------------------------------------------------------------------------- look at it
+
+    def info(self, region_id: RegionId) -> RegionInfo:
+        """Return a region's record.
+
+        Raises:
+            NotFound, Stale: the id names nothing.
+        """
+        with self._lock:
+            return self._record(region_id).info
+
+    def owned_by(self, session: SessionId) -> tuple[RegionInfo, ...]:
+        """Return the regions of a session, in order of their slots."""
+        with self._lock:
+            owned = self._owned.get(session)
+            return tuple(self._records[slot].info for slot in sorted(owned.slots)) if owned else ()
+
+    def visible(self, actor: Actor | None, query: RegionQuery) -> tuple[RegionInfo, ...]:
+        """Return the regions that an actor may see and the query asks for; None is an operator, who sees all.
+
+        Others than the owner see a region where its access is not NONE. Ids that name nothing are left out.
+        """
+        with self._lock:
+            if query.regions:
+                records = [self._records[slot_of(i)] for i in query.regions if self._slots.is_alive(i)]
+            else:
+                records = list(self._records.values())
+            retired = {session for session, owned in self._owned.items() if owned.retired}
+        return tuple(
+            record.info
+            for record in records
+            if _may_see(actor, record, retired)
+            and query.agent in ("", record.info.agent)
+            and query.label in ("", record.info.label)
+        )
+
+    def resolve(self, descriptors: DescriptorList) -> Resolved:
+        """Turn (region, offset) into positions, after checking that regions exist and spans lie within them.
+
+        Takes no holds: what was resolved is good only while the regions are held.
+
+        Raises:
+            NotFound: a row names a region that never was.
+            Stale: a row names a region of another generation.
+            OutOfBounds: a span passes the end of its region.
+        """
+        slots = slots_of(descriptors.region)
+        first, last = int(slots.min()), int(slots.max())
+        with self._lock:
+            window = self._slots.window(first, last)
+        found = resolve_in(window, slots, descriptors)
+        if isinstance(found, Resolved):
+            return found
+        with self._lock:
+            absence = self._slots.absence(int(descriptors.region[found]))
+        raise type(absence)(f"descriptor {found}: {absence.message}", remedy=absence.remedy)
+
+    # --------------------------------------------------------------------------------------------- holds
+
+    def hold(self, regions: Sequence[RegionId], holder: str, reason: str, actor: Actor, *, write: bool) -> None:
+        """Hold regions for ``holder``, all or none: until it releases them they cannot be removed.
+
+        A holder may hold more than once, and the same region again.
+
+        Raises:
+            NotFound, Stale: a region has gone, or is going with its session.
+            PermissionDenied: the actor may not read (or write) one of them.
+        """
+        ids = self._ids_of(regions)
+        if not len(ids):
+            return
+        slots = slots_of(ids)
+        hold = _Hold(ids, slots, reason, self._clock())
+        with self._lock:
+            self._check_alive(ids, slots)
+            self._check_rights(slots, actor, Access.WRITE if write else Access.READ)
+            self._slots.held[slots] += 1
+            self._holds.setdefault(holder, []).append(hold)
+
+    def release(self, holder: str) -> None:
+        """Let go of all that a holder holds, and wake who waits for idle regions. An unknown holder is fine."""
+        with self._lock:
+            for hold in self._holds.pop(holder, ()):
+                self._slots.held[hold.slots] -= 1
+            for owned in self._owned.values():
+                if owned.waiters and self._is_idle(owned):
+                    self._wake(owned)
+
+    async def wait_idle(self, session: SessionId) -> None:
+        """Return when no region of a session is held; at once for an unknown session. Cancel-safe.
+
+        Only after ``retire`` does it stay so.
+        """
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            owned = self._owned.get(session)
+            if owned is None or self._is_idle(owned):
+                return
+            waiter = (loop, loop.create_future())
+            owned.waiters.append(waiter)
+        try:
+            await waiter[1]
+        finally:
+            with self._lock, contextlib.suppress(ValueError):
+                owned.waiters.remove(waiter)
+
+    def holders(self, region_id: RegionId) -> tuple[str, ...]:
+        """Return who holds a region, in order of their first hold."""
+        with self._lock:
+            return self._holders_of_slots(np.array([slot_of(region_id)])) if self._slots.is_alive(region_id) else ()
+
+    def holders_of(self, session: SessionId) -> tuple[str, ...]:
+        """Return who holds any region of a session: what must come to rest before the session's memory goes."""
+        with self._lock:
+            owned = self._owned.get(session)
+            return self._holders_of_slots(owned.as_array()) if owned is not None else ()
+
+    def holds(self) -> list[HoldInfo]:
+        """List what is held, one entry for each call of ``hold``."""
+        with self._lock:
+            held = [(holder, hold) for holder, holds in self._holds.items() for hold in holds]
+        return [HoldInfo("regions", _names(hold.ids), holder, hold.reason, hold.since, 0.0) for holder, hold in held]
+
+    def registrations(self) -> list[HoldInfo]:
+        """List the regions themselves as things that sessions hold."""
+        with self._lock:
+            records = list(self._records.values())
+        return [
+            HoldInfo("region", str(r.info.id), r.owner, f"{r.info.source.value} {r.info.nbytes} bytes", r.since, 0.0)
+            for r in records
+        ]
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError where records, owners and holds do not agree."""
+        with self._lock:
+            self._slots.check_invariants()
+            assert len(self._records) == len(self._slots), "records and slots do not add up"
+            owners = {slot: session for session, owned in self._owned.items() for slot in owned.slots}
+            assert owners == {slot: record.owner for slot, record in self._records.items()}, "owners do not agree"
+            assert all(self._slots.is_alive(record.info.id) for record in self._records.values()), "a dead record"
+            numbers = [owned.number for owned in self._owned.values()]
+            assert sorted([*numbers, *self._owner_numbers]) == list(range(len(numbers) + len(self._owner_numbers)))
+            counts = np.zeros(self._slots.used, dtype=np.int32)
+            for holds in self._holds.values():
+                for hold in holds:
+                    assert (self._slots.ids[hold.slots] == hold.ids).all(), "a removed region is held"
+                    counts[hold.slots] += 1
+            live = list(self._records)
+            assert (self._slots.held[live] == counts[live]).all(), "hold counts do not add up"
+
+    # --------------------------------------------------------------------- below: with the lock held
+
+    def _info_of(
+        self, region: RegionId, agent: str, backing: Backing, nbytes: int, access: Access, label: str, writable: bool
+    ) -> RegionInfo:
+        return RegionInfo(
+            id=region,
+            node=self._node,
+            epoch=self._epoch,
+            kind=backing.kind,
+            source=backing.source,
+            device=backing.device,
+            nbytes=nbytes,
+            agent=agent,
+            access=access,
+            writable=writable,
+            label=label,
+            pool=backing.pool_name,
+            pool_offset=backing.pool_offset,
+            path=backing.path,
+        )
+
+    def _take_owner_number(self) -> int:
+        return self._owner_numbers.pop() if self._owner_numbers else len(self._owned)
+
+    def _record(self, region: int) -> _Record:
+        if not self._slots.is_alive(region):
+            raise self._slots.absence(region)
+        return self._records[slot_of(region)]
+
+    def _take_out(self, slot: int) -> Backing:
+        record = self._records.pop(slot)
+        self._slots.remove(slot)
+        owned = self._owned[record.owner]
+        owned.slots.discard(slot)
+        if not owned.slots:
+            self._forget(record.owner)
+        return record.backing
+
+    def _forget(self, session: SessionId) -> list[Backing]:
+        owned = self._owned.pop(session)
+        self._owner_numbers.append(owned.number)
+        self._wake(owned)
+        return []
+
+    def _ids_of(self, regions: Sequence[RegionId]) -> Column:
+        try:
+            return np.unique(np.array(regions, dtype=np.uint64))
+        except OverflowError:
+            bad = next(region for region in regions if not 0 <= region < 1 << 64)
+            raise self._slots.absence(bad) from None
+
+    def _check_alive(self, ids: Column, slots: NDArray[np.intp]) -> None:
+        known = slots < self._slots.used
+        bad = ~known
+        bad[known] = self._slots.ids[slots[known]] != ids[known]
+        if bad.any():
+            raise self._slots.absence(int(ids[np.argmax(bad)]))
+        closing = self._slots.closing[slots]
+        if closing.any():
+            raise Stale(
+                f"region {int(ids[np.argmax(closing)])} is going: its session ends",
+                remedy="ask the owner's next session for a new region",
+            )
+
+    def _check_rights(self, slots: NDArray[np.intp], actor: Actor, needed: Access) -> None:
+        rights = self._slots.other_rights[slots]
+        owned = self._owned.get(actor.session) if isinstance(actor, LocalActor) else None
+        if owned is not None:
+            rights = np.where(self._slots.owner[slots] == owned.number, self._slots.own_rights[slots], rights)
+        bad = (rights & needed.value) == 0
+        if not bad.any():
+            return
+        info = self._records[int(slots[np.argmax(bad)])].info
+        if needed is Access.WRITE and not info.writable:
+            raise PermissionDenied(
+                f"region {info.id} of agent {info.agent} is read-only",
+                limit="writable=false",
+                remedy="the owner must register it as writable",
+            )
+        who = "this session" if isinstance(actor, LocalActor) else f"node {actor.node}"
+        raise PermissionDenied(
+            f"region {info.id} of agent {info.agent} does not grant {needed.name} to {who}",
+            limit=f"access {info.access.name}",
+            remedy=f"the owner must register it with access {needed.name} or READ_WRITE",
+        )
+
+    def _check_idle(self, region: int) -> None:
+        if not self._slots.held[slot_of(region)]:
+            return
+        names = self._holders_of_slots(np.array([slot_of(region)]))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise Busy(
+            f"region {region} is held by {', '.join(names[:3])}{more}",
+            remedy="wait until the holder has ended, or cancel it",
+        )
+
+    def _is_idle(self, owned: _Owned) -> bool:
+        return not self._slots.held[owned.as_array()].any()
+
+    def _holders_of_slots(self, slots: NDArray[np.intp]) -> tuple[str, ...]:
+        wanted = np.zeros(self._slots.used, dtype=np.bool_)
+        wanted[slots] = True
+        return tuple(name for name, holds in self._holds.items() if any(wanted[hold.slots].any() for hold in holds))
+
+    @staticmethod
+    def _wake(owned: _Owned) -> None:
+        for loop, future in owned.waiters:
+            with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there any more
+                loop.call_soon_threadsafe(_finish, future)
+        owned.waiters.clear()
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _check_span(backing: Backing, nbytes: int) -> None:
+    if nbytes <= 0:
+        raise InvalidArgument(f"a region of {nbytes} bytes", limit="at least 1 byte", remedy="give its size")
+    if backing.position + nbytes > 1 << 64:
+        raise InvalidArgument(
+            f"a region of {nbytes} bytes", limit="an end of at most 2**64", remedy="check address and nbytes"
+        )
+
+
+def _may_see(actor: Actor | None, record: _Record, retired: set[SessionId]) -> bool:
+    if actor is None or (isinstance(actor, LocalActor) and actor.session == record.owner):
+        return True
+    return record.info.access is not Access.NONE and record.owner not in retired
+
+
+def _names(ids: Column) -> str:
+    shown = ", ".join(str(int(i)) for i in ids[:4])
+    return shown if len(ids) <= 4 else f"{shown} and {len(ids) - 4} more"

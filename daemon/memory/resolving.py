@@ -1,0 +1,106 @@
+"""Resolving of descriptor lists: (region, offset) columns to positions, against a copy of the region table's slots.
+
+Pure numpy, without the table's lock: the copy (``slots.Window``) was taken under it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xferd.api.errors import OutOfBounds
+from xferd.api.types import RegionId
+from xferd.daemon.memory.slots import SLOT_MASK
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from xferd.api.descriptors import Column, DescriptorList
+    from xferd.daemon.memory.slots import Window
+    from xferd.plugins.base import Space
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resolved:
+    """A list with bounds checked. The arrays may be those of the list: do not write to them.
+
+    Attributes:
+        position: absolute address or file offset a row.
+        nbytes: bytes a row.
+        space: row to index in ``spaces``; None when there is just one.
+        spaces: the spaces that the list touches.
+        regions: the distinct regions.
+    """
+
+    position: Column
+    nbytes: Column
+    space: NDArray[np.int32] | None
+    spaces: tuple[Space, ...]
+    regions: tuple[RegionId, ...]
+
+
+def slots_of(region: Column) -> NDArray[np.intp]:
+    """Return the slot of each region id."""
+    return (region & np.uint64(SLOT_MASK)).astype(np.intp)
+
+
+def resolve_in(window: Window, slots: NDArray[np.intp], descriptors: DescriptorList) -> Resolved | int:
+    """Resolve a list, or return the first row whose region is not in the window.
+
+    Raises:
+        OutOfBounds: a span passes the end of its region.
+    """
+    region = descriptors.region
+    if not len(window.ids):
+        return 0
+    if (region == region[0]).all():  # one region: scalars instead of gathers
+        if region[0] != window.ids[0]:
+            return 0
+        _check_bounds(descriptors, window.nbytes[0])
+        return Resolved(
+            descriptors.offset + window.base[0],
+            descriptors.nbytes,
+            None,
+            _present(window, [int(window.space[0])]),
+            (RegionId(int(region[0])),),
+        )
+    at = slots - window.first
+    beyond = at >= len(window.ids)
+    if beyond.any():
+        return int(np.argmax(beyond | (window.ids[np.where(beyond, 0, at)] != region)))
+    wrong = window.ids[at] != region
+    if wrong.any():
+        return int(np.argmax(wrong))
+    _check_bounds(descriptors, window.nbytes[at])
+    touched = np.zeros(len(window.ids), dtype=np.bool_)
+    touched[at] = True
+    numbers = np.unique(window.space[touched])
+    return Resolved(
+        descriptors.offset + window.base[at],
+        descriptors.nbytes,
+        None if len(numbers) == 1 else np.searchsorted(numbers, window.space).astype(np.int32)[at],
+        _present(window, numbers.tolist()),
+        tuple(window.ids[touched].tolist()),
+    )
+
+
+def _present(window: Window, numbers: list[int]) -> tuple[Space, ...]:
+    spaces = tuple(window.spaces[number - window.first_space] for number in numbers)
+    return tuple(space for space in spaces if space is not None)  # never None: a live region keeps its space
+
+
+def _check_bounds(descriptors: DescriptorList, size: Column | np.uint64) -> None:
+    offset, nbytes = descriptors.offset, descriptors.nbytes
+    over = (offset > size) | (nbytes > size - offset)  # the right side wraps only where the left is true
+    if not over.any():
+        return
+    row = int(np.argmax(over))
+    limit = int(size) if isinstance(size, np.uint64) else int(size[row])
+    raise OutOfBounds(
+        f"descriptor {row} (offset {int(offset[row])}, nbytes {int(nbytes[row])}) passes the end of region "
+        f"{int(descriptors.region[row])}",
+        limit=f"{limit} bytes",
+        remedy="a descriptor lies inside one region",
+    )

@@ -1,0 +1,161 @@
+"""Leave for a peer to read or write spans here: what a lane's thread gets for one data request.
+
+Memory mapped into this process is handed out as it is, in one table. Private memory of other processes and files
+pass through a staging buffer, a window at a time. The order of the list is kept: a list that mixes spaces becomes
+successive runs. Nothing here checks a right; ``serving.py`` has done so before a grant exists.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from xferd.api.descriptors import coalesce
+from xferd.api.types import TransferOp
+from xferd.plugins.base import Extent, FileSpace, MappedSpace, ProcessSpace, RemoteSpace
+from xferd.plugins.vectored import copy_process, read_file, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from xferd.daemon.memory.regions import Resolved
+    from xferd.plugins.base import IovTable
+
+
+class StagingSlot(Protocol):
+    """A span of this process's memory, lent."""
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+
+class StagingLender(Protocol):
+    """Lends staging memory to lanes' threads."""
+
+    def borrow(self, holder: str) -> StagingSlot:
+        """Return a slot, waiting for one if need be; thread-safe. Raises ``Overloaded`` when none comes free."""
+
+    def give_back(self, slot: StagingSlot) -> None:
+        """Take a slot back; thread-safe."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stager:
+    """Moves bytes between a staging slot and one foreign space; blocking, called from lanes' threads."""
+
+    space: ProcessSpace | FileSpace
+
+    def fill(self, staging: IovTable, part: IovTable) -> None:
+        """Copy ``part`` of the space into the staging rows; totals are equal."""
+        if isinstance(self.space, ProcessSpace):
+            copy_process(staging, part, self.space.pid, write=False, pidfd=self.space.pidfd)
+        else:
+            self._each_row(read_file, staging, part)
+
+    def flush(self, staging: IovTable, part: IovTable) -> None:
+        """Copy the staging rows into ``part`` of the space; totals are equal."""
+        if isinstance(self.space, ProcessSpace):
+            copy_process(staging, part, self.space.pid, write=True, pidfd=self.space.pidfd)
+        else:
+            self._each_row(write_file, staging, part)
+
+    def _each_row(self, call: Callable[[int, int, IovTable], int], staging: IovTable, part: IovTable) -> None:
+        """Do one system call a row: a file takes one offset a call, and rows that touch were merged before."""
+        assert isinstance(self.space, FileSpace)
+        address = int(staging[0, 0])
+        for offset, nbytes in part.tolist():
+            call(self.space.fd, offset, np.array([[address, nbytes]], dtype=np.uint64))
+            address += nbytes
+
+
+class PeerGrant:
+    """A ``Grant`` over resolved spans. Used by one thread at a time.
+
+    Args:
+        resolved: spans whose regions are held for this grant.
+        op: READ: the peer reads what is here.
+        nbytes: total of the spans.
+        staging: lends a slot to a list that needs one, for as long as the grant is open.
+        holder: the name under which regions and slot are held.
+        on_close: lets go of the regions; called once.
+    """
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        op: TransferOp,
+        nbytes: int,
+        *,
+        staging: StagingLender,
+        holder: str,
+        on_close: Callable[[], None],
+    ) -> None:
+        self.nbytes = nbytes
+        self._runs = runs_of(resolved)
+        self._op = op
+        self._staging = staging
+        self._holder = holder
+        self._on_close = on_close
+        self._slot: StagingSlot | None = None
+        self._closed = False
+
+    def windows(self) -> Iterator[IovTable]:
+        """Yield tables of this process's memory, in list order; see ``Grant.windows``."""
+        for run in self._runs:
+            if isinstance(run.space, MappedSpace):
+                yield run.iov
+            else:
+                yield from self._staged(run)
+
+    def close(self) -> None:
+        """Give back the slot and let go of the regions. Twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._slot is not None:
+                self._staging.give_back(self._slot)
+        finally:
+            self._on_close()
+
+    def _staged(self, run: Extent) -> Iterator[IovTable]:
+        assert isinstance(run.space, ProcessSpace | FileSpace)
+        stager, total = Stager(run.space), run.nbytes
+        if self._slot is None:
+            self._slot = self._staging.borrow(self._holder)
+        for start in range(0, total, self._slot.nbytes):
+            stop = min(total, start + self._slot.nbytes)
+            part = run.cut(start, stop).iov
+            staging = np.array([[self._slot.address, stop - start]], dtype=np.uint64)
+            if self._op is TransferOp.READ:
+                stager.fill(staging, part)
+                yield staging
+            else:
+                yield staging
+                stager.flush(staging, part)
+
+
+def runs_of(resolved: Resolved) -> list[Extent]:
+    """Cut resolved spans into successive runs of one space each, with neighbours merged."""
+    if resolved.space is None:
+        return [_extent(resolved, 0, slice(None))]
+    edges = (np.flatnonzero(resolved.space[1:] != resolved.space[:-1]) + 1).tolist()
+    borders = itertools.pairwise([0, *edges, len(resolved.space)])
+    return [_extent(resolved, int(resolved.space[start]), slice(start, stop)) for start, stop in borders]
+
+
+def _extent(resolved: Resolved, number: int, rows: slice) -> Extent:
+    space = resolved.spaces[number]
+    assert not isinstance(space, RemoteSpace), "a region of this node lies on this node"
+    position, nbytes = resolved.position[rows], resolved.nbytes[rows]
+    # One space, so one key for all rows: positions are comparable across its regions.
+    _, position, nbytes = coalesce(np.zeros(len(position), dtype=np.uint64), position, nbytes)
+    return Extent(space, np.column_stack((position, nbytes)))

@@ -1,0 +1,292 @@
+"""What this node does for its peers: the ``PeerHandler`` that a transport calls.
+
+Not here: what this node asks of its peers (``manager.py``), how granted bytes are reached (``grants.py``), frames
+and lanes (the transport).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from xferd.api.descriptors import DescriptorList
+from xferd.api.errors import (
+    DeadlineExceeded,
+    LimitExceeded,
+    PermissionDenied,
+    ProtocolViolation,
+    SizeMismatch,
+    Stale,
+    Unavailable,
+)
+from xferd.api.proto import peer_v1_pb2 as peer_pb
+from xferd.api.types import RegionId, RegionListing, RegionQuery, TransferOp
+from xferd.api.wire import listing_to_message, node_from_message, node_to_message, notification_from_message
+from xferd.daemon.memory.regions import PeerActor
+from xferd.daemon.peers.exchange import check_record
+from xferd.daemon.peers.grants import PeerGrant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xferd.api.types import NodeInfo, Notification
+    from xferd.daemon.memory.regions import RegionTable
+    from xferd.daemon.peers.grants import StagingLender
+    from xferd.plugins.base import PeerIdentity, PeerTransport
+
+QUIESCE_LOOK_S = 0.02
+"""How long to wait at most before the transport is asked again: it does not tell when a lane was aborted."""
+
+_log = structlog.get_logger(__name__)
+
+
+class PeerEvents(Protocol):
+    """Who hears of connections; ``PeerManager`` is one. Called on the event loop."""
+
+    def peer_connected(self, peer: PeerIdentity) -> None:
+        """A first lane is up."""
+
+    def peer_lost(self, peer: PeerIdentity, reason: str) -> None:
+        """The last lane has gone."""
+
+    def peer_leaving(self, peer: PeerIdentity, reason: str) -> None:
+        """The peer said goodbye."""
+
+
+class PeerServing:
+    """Answers peers. One object for the daemon's life; it owns nothing but its grants' bookkeeping.
+
+    Args:
+        me: this node's present record; name and epoch never change.
+        regions: the region table.
+        staging: lends memory to grants over private memory and files.
+        learn: takes the record of a node that made contact (``Store.learn``).
+        deliver: puts a notification into a local agent's inbox; raises ``AgentUnknown`` or ``Overloaded``.
+        transport: is asked to quiesce.
+        events: hears of connections.
+        max_descriptors: limit on the rows of one request.
+        quiesce_timeout_s: how long a peer's Quiesce may take.
+    """
+
+    def __init__(
+        self,
+        *,
+        me: Callable[[], NodeInfo],
+        regions: RegionTable,
+        staging: StagingLender,
+        learn: Callable[[NodeInfo], None],
+        deliver: Callable[[Notification], None],
+        transport: PeerTransport,
+        events: PeerEvents,
+        max_descriptors: int = 1 << 20,
+        quiesce_timeout_s: float = 5.0,
+    ) -> None:
+        self._me = me
+        self._epoch = me().epoch
+        self._regions = regions
+        self._staging = staging
+        self._learn = learn
+        self._deliver = deliver
+        self._transport = transport
+        self._events = events
+        self._max_descriptors = max_descriptors
+        self._quiesce_timeout_s = quiesce_timeout_s
+        self._refusal = ""
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._open: dict[tuple[str, str], int] = {}
+        self._quiescing: dict[tuple[str, str], list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
+
+    # -- what the daemon sets and asks
+
+    def refuse(self, reason: str) -> None:
+        """Refuse new grants with this reason ("" takes them again); those that are open go on."""
+        self._refusal = reason
+
+    def open_grants(self) -> int:
+        """Return the number of open grants."""
+        with self._lock:
+            return sum(self._open.values())
+
+    # -- control requests
+
+    async def handle(self, peer: PeerIdentity, request: peer_pb.PeerRequest) -> peer_pb.PeerReply:
+        """Answer a control request, on the event loop."""
+        verb = request.WhichOneof("request")
+        log = _log.bind(peer=peer.node, request=verb, cause_id=request.cause_id)
+        log.debug("peer_request_served")
+        match verb:
+            case "ping":
+                return peer_pb.PeerReply(pong=peer_pb.Pong())
+            case "get_node":
+                return self._get_node(peer, request.get_node)
+            case "get_regions":
+                return self._get_regions(peer, request.get_regions)
+            case "notify":
+                return self._notify(peer, request.notify)
+            case "quiesce":
+                return await self._quiesce(peer, request.quiesce.transfer_id, request.cause_id)
+            case "goodbye":
+                log.info("peer_said_goodbye", reason=request.goodbye.reason)
+                self._events.peer_leaving(peer, request.goodbye.reason)
+                return _done()
+        raise ProtocolViolation(
+            f"node {peer.node!r} sent a request that this node does not know",
+            limit="ping, get_node, get_regions, notify, quiesce, goodbye",
+            remedy="run the same version of xferd on both nodes",
+        )
+
+    def _get_node(self, peer: PeerIdentity, request: peer_pb.GetNode) -> peer_pb.PeerReply:
+        if request.HasField("mine"):
+            node = node_from_message(request.mine)
+            check_record(peer, node)
+            self._learn(node)
+        return peer_pb.PeerReply(node=node_to_message(self._me()))
+
+    def _get_regions(self, peer: PeerIdentity, request: peer_pb.GetRegions) -> peer_pb.PeerReply:
+        me = self._me()
+        query = RegionQuery(
+            node=me.name,
+            agent=request.agent,
+            label=request.label,
+            regions=tuple(RegionId(region) for region in request.region),
+        )
+        visible = self._regions.visible(PeerActor(peer.node), query)
+        return peer_pb.PeerReply(regions=listing_to_message(RegionListing(me.name, me.epoch, visible)))
+
+    def _notify(self, peer: PeerIdentity, request: peer_pb.Notify) -> peer_pb.PeerReply:
+        notification = notification_from_message(request.notification)
+        _, at, node = notification.source.rpartition("@")
+        if not at or node != peer.node:
+            raise PermissionDenied(
+                f"node {peer.node!r} sent a notification from {notification.source!r}",
+                limit=f"agents of {peer.node!r}",
+                remedy="a node may only speak for its own agents",
+            )
+        self._deliver(notification)
+        return _done()
+
+    async def _quiesce(self, peer: PeerIdentity, transfer_id: str, cause_id: str) -> peer_pb.PeerReply:
+        loop, closed, key = asyncio.get_running_loop(), asyncio.Event(), (peer.node, transfer_id)
+        waiter, began = (loop, closed), time.monotonic()
+        with self._lock:
+            self._quiescing.setdefault(key, []).append(waiter)
+        try:
+            while not self._is_quiet(peer, transfer_id):
+                if time.monotonic() - began >= self._quiesce_timeout_s:
+                    raise DeadlineExceeded(
+                        f"transfer {transfer_id} of node {peer.node!r} still moves bytes here",
+                        limit=f"{self._quiesce_timeout_s} s",
+                        remedy="ask again; a system call that does not return holds it up",
+                    )
+                closed.clear()
+                await _wait(closed, QUIESCE_LOOK_S)
+        finally:
+            with self._lock:
+                self._quiescing[key].remove(waiter)
+                if not self._quiescing[key]:
+                    del self._quiescing[key]
+        _log.info("transfer_quiesced", peer=peer.node, transfer=transfer_id, cause_id=cause_id)
+        return _done()
+
+    def _is_quiet(self, peer: PeerIdentity, transfer_id: str) -> bool:
+        quiet = self._transport.quiesce(peer, transfer_id)
+        with self._lock:
+            return quiet and not self._open.get((peer.node, transfer_id))
+
+    # -- data requests, from lanes' threads
+
+    def open_grant(self, peer: PeerIdentity, op: TransferOp, request: peer_pb.DataRequest) -> PeerGrant:
+        """Check a data request and hold its regions until the grant is closed. Thread-safe, does not block.
+
+        Raises:
+            Unavailable: this node is draining.
+            Stale: another epoch, or a region that was freed.
+            InvalidDescriptor, OutOfBounds, SizeMismatch, LimitExceeded: the list is wrong.
+            PermissionDenied: a region's access does not say so.
+        """
+        if self._refusal:
+            raise Unavailable(f"node {self._me().name!r} takes no new work: {self._refusal}", remedy="try another node")
+        if request.epoch != self._epoch:
+            raise Stale(
+                f"the request is for epoch {request.epoch}, node {self._me().name!r} is at epoch {self._epoch}",
+                remedy="the node was restarted: ask for its regions again",
+            )
+        descriptors = self._parse(request)
+        resolved = self._regions.resolve(descriptors)
+        holder = f"peer {peer.node} transfer {request.transfer_id} #{next(self._numbers)}"
+        reason = f"{op.value} by {request.agent or '?'}@{peer.node}, cause {request.cause_id}"
+        self._regions.hold(resolved.regions, holder, reason, PeerActor(peer.node), write=op is TransferOp.WRITE)
+        key = (peer.node, request.transfer_id)
+        with self._lock:
+            self._open[key] = self._open.get(key, 0) + 1
+        _log.debug(
+            "grant_opened",
+            peer=peer.node,
+            transfer=request.transfer_id,
+            cause_id=request.cause_id,
+            op=op.value,
+            nbytes=request.total_nbytes,
+            descriptors=len(descriptors),
+        )
+
+        def close() -> None:
+            try:
+                self._regions.release(holder)
+            finally:
+                self._grant_closed(key)
+
+        return PeerGrant(resolved, op, request.total_nbytes, staging=self._staging, holder=holder, on_close=close)
+
+    def _parse(self, request: peer_pb.DataRequest) -> DescriptorList:
+        rows = max(len(request.region), len(request.offset), len(request.nbytes)) // 8
+        if rows > self._max_descriptors:
+            raise LimitExceeded(
+                f"the request has {rows} descriptors",
+                limit=f"{self._max_descriptors} descriptors",
+                remedy="send smaller chunks, or raise limits.max_descriptors here",
+            )
+        descriptors = DescriptorList.from_packed(request.region, request.offset, request.nbytes)
+        if descriptors.total_nbytes != request.total_nbytes:
+            raise SizeMismatch(
+                f"the list has {descriptors.total_nbytes} bytes and its request says {request.total_nbytes}",
+                limit="equal totals",
+                remedy="the requesting node is at fault",
+            )
+        return descriptors
+
+    def _grant_closed(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            left = self._open[key] = self._open[key] - 1
+            if not left:
+                del self._open[key]
+            for loop, closed in self._quiescing.get(key, ()):
+                loop.call_soon_threadsafe(closed.set)
+
+    # -- connections
+
+    def peer_connected(self, peer: PeerIdentity) -> None:
+        """Pass it on."""
+        self._events.peer_connected(peer)
+
+    def peer_lost(self, peer: PeerIdentity, reason: str) -> None:
+        """Pass it on; the transport has closed the peer's grants, or does so as their lanes end."""
+        self._events.peer_lost(peer, reason)
+
+
+def _done() -> peer_pb.PeerReply:
+    return peer_pb.PeerReply(done=peer_pb.Done())
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait for an event or until the time is over, whichever is first."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return

@@ -1,0 +1,33 @@
+"""Key names are unambiguous whatever nodes and agents are called."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xferd.metadata.keys import Keys
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+KEYS = Keys()
+
+
+@given(NAMES)
+def test_a_node_is_read_back_from_its_key(name: str) -> None:
+    key = KEYS.node(name)
+    assert key.startswith(KEYS.nodes)
+    assert KEYS.node_name(key) == name
+
+
+@given(NAMES, NAMES, NAMES, NAMES)
+def test_agents_keys_collide_only_if_both_names_are_equal(node: str, agent: str, node2: str, agent2: str) -> None:
+    assert (KEYS.agent(node, agent) == KEYS.agent(node2, agent2)) == ((node, agent) == (node2, agent2))
+    assert KEYS.agent(node, agent).startswith(KEYS.agents_of(node))
+    assert KEYS.agent(node, agent).startswith(KEYS.agents_of(node2)) == (node == node2)
+
+
+def test_foreign_keys_name_no_node() -> None:
+    assert KEYS.node_name("/other/v1/nodes/a") is None
+    assert KEYS.node_name(KEYS.nodes) is None
+    assert KEYS.node_name(KEYS.agent("a", "b")) is None
+    assert KEYS.node_name(KEYS.nodes + "a/b") is None
+    assert Keys("/two").node_name(KEYS.node("a")) is None
