@@ -146,10 +146,13 @@ def merge_live(old: Config, new: Config) -> Config:
     return merged
 
 
-def keys(model: type[BaseModel] = Config, prefix: str = "", *, items: bool = True) -> Iterator[Key]:
+def keys(
+    model: type[BaseModel] = Config, prefix: str = "", *, items: bool = True, is_live: bool = False
+) -> Iterator[Key]:
     """Yield every key that holds a value, in order; ``items`` adds the keys of the tables in lists.
 
-    The sections of backends are left out: they are described by the backends.
+    The sections of backends are left out: they are described by the backends. The last two arguments are for the
+    sections below: where they stand, and whether they are in a list that is live as a whole.
     """
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
@@ -159,9 +162,10 @@ def keys(model: type[BaseModel] = Config, prefix: str = "", *, items: bool = Tru
         if inner is not None and not get_args(field.annotation):
             yield from keys(inner, f"{path}.", items=items)
             continue
-        yield Key(path, field, LIVE in field.metadata)
+        key = Key(path, field, is_live or LIVE in field.metadata)
+        yield key
         if inner is not None and items:
-            yield from keys(inner, f"{path}[].", items=items)
+            yield from keys(inner, f"{path}[].", is_live=key.is_live)
 
 
 def _merge_live(old: _Model, new: _Model) -> _Model:

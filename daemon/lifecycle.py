@@ -56,7 +56,7 @@ class Service(Protocol):
     async def drain(self, timeout_s: float) -> int:
         """Wait for running work to end; returns how many transfers are left at the deadline."""
 
-    def reload(self, config: Config) -> list[str]:
+    async def reload(self, config: Config) -> list[str]:
         """Take over a tree whose live keys may differ; returns the keys that it could not take over."""
 
 
@@ -131,13 +131,13 @@ class Lifecycle:
                 stage = "stop"
                 await self._drain(service)
         except ConfigError as exc:
-            log.error("start_failed", error=str(exc), code=exc.code)
+            log.error("daemon_failed", stage=stage, error=str(exc), code=exc.code)
             return EXIT_CONFIG
         except XferdError as exc:
-            log.error(f"{stage}_failed", error=str(exc), code=exc.code)
+            log.error("daemon_failed", stage=stage, error=str(exc), code=exc.code)
             return EXIT_FAILED
         except Exception:
-            log.exception(f"{stage}_failed")
+            log.exception("daemon_failed", stage=stage)
             return EXIT_FAILED
         return EXIT_FAILED if self._failure else EXIT_OK
 
@@ -149,14 +149,14 @@ class Lifecycle:
                 log.info("stop_requested", cause=name, drain_timeout_s=self.config.shutdown.drain_timeout)
                 return
             signals.reload.clear()
-            self._reload(service)
+            await self._reload(service)
 
-    def _reload(self, service: Service) -> None:
+    async def _reload(self, service: Service) -> None:
         self._notifier.reloading()
         try:
             new = self._source.load()
             merged = merge_live(self.config, new)
-            not_taken = service.reload(merged)
+            not_taken = await service.reload(merged)
             changes = diff(self.config, new)
             logs.set_level(merged.log.level)
             self.config = merged
@@ -179,7 +179,7 @@ class Lifecycle:
         try:
             service.begin_drain()
         except Exception:
-            log.exception("begin_drain_failed")
+            log.exception("stop_step_failed", step="begin_drain")
         await _attempt("withdraw", service.withdraw(), WITHDRAW_TIMEOUT_S)
         left_s = max(deadline - time.monotonic(), 0.0)
         # The service keeps to the deadline itself; the margin is for one that does not.
@@ -261,9 +261,9 @@ async def _attempt(what: str, work: Awaitable[int | None], timeout_s: float) -> 
         async with asyncio.timeout(timeout_s):
             return await work
     except TimeoutError:
-        log.error(f"{what}_timed_out", timeout_s=timeout_s)
+        log.error("stop_step_timed_out", step=what, timeout_s=timeout_s)
     except Exception:
-        log.exception(f"{what}_failed")
+        log.exception("stop_step_failed", step=what)
     return None
 
 

@@ -62,6 +62,7 @@ class StormFilter:
         self._windows: OrderedDict[str, tuple[float, int]] = OrderedDict()  # name -> (start, lines seen)
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        """Pass the line on, or raise ``DropEvent``."""
         if method == "debug":
             return event
         suppressed = self.admit(str(event.get("event")))
@@ -125,6 +126,11 @@ def configure(
     set_level(level)
 
 
+def level_in_force() -> str:
+    """Return the level in force."""
+    return next((name for name, number in LEVELS.items() if number >= logging.getLogger().level), "error")
+
+
 def set_level(level: str) -> str:
     """Set the level for all loggers; returns the previous one.
 
@@ -133,12 +139,11 @@ def set_level(level: str) -> str:
     """
     if level not in LEVELS:
         raise InvalidArgument(f"no log level {level!r}", limit=", ".join(LEVELS), remedy="choose one of these")
-    root = logging.getLogger()
-    previous = root.level
-    root.setLevel(LEVELS[level])
+    previous = level_in_force()
+    logging.getLogger().setLevel(LEVELS[level])
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.NOTSET if level == "debug" else logging.WARNING)
-    return next((name for name, number in LEVELS.items() if number >= previous), "error")
+    return previous
 
 
 def bound(**context: object) -> AbstractContextManager[None]:
@@ -175,9 +180,11 @@ def _add_suppressed(logger: WrappedLogger, method: str, event: EventDict) -> Eve
 
 
 def _renderers(is_console: bool, stream: TextIO) -> list[Processor]:
+    # Plain tracebacks in both: the pretty ones print local variables, and those may be secrets.
     if is_console:
-        return [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+        plain = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
     return [
-        structlog.processors.dict_tracebacks,
+        structlog.processors.format_exc_info,
         structlog.processors.JSONRenderer(default=str),
     ]

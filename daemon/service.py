@@ -69,6 +69,7 @@ class Service:
         backends: Mapping[str, Backend],
         liveness: Callable[[], str],
         config_toml: Callable[[], str],
+        log_level: Callable[[], str],
         set_log_level: Callable[[str], str],
         clock: Callable[[], float],
     ) -> None:
@@ -88,6 +89,7 @@ class Service:
         self._backends = backends
         self._liveness = liveness
         self._config_toml = config_toml
+        self._log_level = log_level
         self._set_log_level = set_log_level
         self._clock = clock
         self._refusal = "starting"
@@ -321,6 +323,9 @@ class Service:
 
     def metrics(self) -> bytes:
         return self._metrics()
+
+    def log_level(self) -> str:
+        return self._log_level()
 
     def set_log_level(self, level: str) -> str:
         return self._set_log_level(level)

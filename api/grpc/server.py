@@ -18,7 +18,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from xferd.api.errors import ConfigError
+from xferd.api.errors import Closed, ConfigError
 from xferd.api.grpc.admin import AdminServicer
 from xferd.api.grpc.memory import MemoryServicer
 from xferd.api.grpc.metadata import MetadataServicer
@@ -89,6 +89,7 @@ class GrpcFace:
         self._engine = engine
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
+        self._closed = False
 
     @property
     def socket_path(self) -> str:
@@ -105,7 +106,10 @@ class GrpcFace:
 
         Raises:
             ConfigError: a socket or port cannot be had; the message says which.
+            Closed: the face was closed; it serves once.
         """
+        if self._closed:
+            raise Closed("the gRPC face was closed", remedy="make a new one")
         if self._server is not None:
             return
         server = grpc.aio.server(options=self._options())
@@ -133,6 +137,7 @@ class GrpcFace:
 
         The socket file is gone afterwards, and no call runs any more. Twice is fine.
         """
+        self._closed = True
         server, self._server = self._server, None
         if server is None:
             return

@@ -137,5 +137,5 @@ def _body(raw: bytes, adapter: TypeAdapter[Any], route: Route) -> Any:
 
 
 def _json(status: int, document: Json) -> web.Response:
-    body = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    body = json.dumps(document, allow_nan=False, separators=(",", ":")).encode() + b"\n"  # kind to terminals
     return web.Response(status=status, body=body, content_type=JSON)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from aiohttp import web
@@ -12,6 +13,9 @@ from xferd.api.errors import NotFound, OutOfBounds, PermissionDenied, ShortTrans
 from xferd.api.rest import _answers as a
 from xferd.api.rest import _bodies as b
 from xferd.api.rest._route import OCTETS, Call
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 _log = structlog.get_logger("xferd.rest")
 
@@ -91,6 +95,16 @@ async def read_bytes(call: Call[b.SpanQuery, None]) -> web.StreamResponse:
     if nbytes == 0:
         return web.Response(content_type=OCTETS)
     blocks = call.engine.read_region(call.caller, info.id, offset, nbytes)
+    try:
+        return await _stream(call, blocks, info.id, nbytes)
+    finally:
+        if isinstance(blocks, AsyncGenerator):  # lets go of the region now, not when the collector comes by
+            await blocks.aclose()
+
+
+async def _stream(
+    call: Call[b.SpanQuery, None], blocks: AsyncIterator[bytes], region: t.RegionId, nbytes: int
+) -> web.StreamResponse:
     first = await anext(blocks, b"")  # errors come up here, while the status can still tell them
     response = web.StreamResponse(headers={"Content-Type": OCTETS, "Content-Length": str(nbytes)})
     await response.prepare(call.request)
@@ -104,7 +118,7 @@ async def read_bytes(call: Call[b.SpanQuery, None]) -> web.StreamResponse:
         if sent != nbytes:
             raise ShortTransfer(f"{sent} bytes of {nbytes} read", limit=f"{nbytes} bytes")
     except XferdError as error:
-        _log.warning("read broken off", region=info.id, error=str(error), code=error.code)
+        _log.warning("rest.read_broken_off", region=region, error=str(error), code=error.code)
         if call.request.transport is not None:
             call.request.transport.abort()
     return response

@@ -31,7 +31,7 @@ async def readyz(call: Call[None, None]) -> web.Response:
 
 def _health(reason: str) -> web.Response:
     health = a.Health("failing" if reason else "ok", reason)
-    body = json.dumps(shape_of(a.Health).encode(health)).encode()
+    body = json.dumps(shape_of(a.Health).encode(health)).encode() + b"\n"
     return web.Response(status=503 if reason else 200, body=body, content_type=JSON)
 
 

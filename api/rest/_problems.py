@@ -62,7 +62,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         return _http_problem(request, exc)
     except Exception as exc:  # noqa: BLE001 - the last stop: a bug in one request must not close the connection
         incident = secrets.token_hex(8)
-        _log.error("request failed", method=request.method, path=request.path, incident=incident, exc_info=exc)
+        _log.error("rest.request_failed", method=request.method, path=request.path, incident=incident, exc_info=exc)
         bug = InternalError("a bug in the daemon", remedy=f"look for incident {incident} in the log of the node")
         return problem(bug, instance=f"urn:xferd:incident:{incident}")
 
@@ -80,7 +80,7 @@ def problem(error: XferdError, *, status: int = 0, instance: str = "") -> web.Re
     }
     if instance:
         document["instance"] = instance
-    response = web.Response(status=status, body=json.dumps(document).encode(), content_type=PROBLEM)
+    response = web.Response(status=status, body=json.dumps(document).encode() + b"\n", content_type=PROBLEM)
     if status == 401:
         response.headers["WWW-Authenticate"] = 'Bearer realm="xferd"'
     return response

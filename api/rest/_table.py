@@ -20,7 +20,7 @@ from xferd.api.rest._route import JSON, OCTETS, TEXT, Answer, Auth, Call, Route
 
 async def index(call: Call[None, None]) -> web.Response:
     """List the routes, for people."""
-    lines = [f"xferd: see /openapi.json\n\n{'':7}{'':38}{'token':9}\n"]
+    lines = ["xferd: the routes, whose token each takes (see /openapi.json)\n\n"]
     lines += [f"{route.method:7}{route.path:38}{route.auth.value:9}{route.summary}\n" for route in ROUTES]
     return web.Response(text="".join(lines), content_type=TEXT)
 
@@ -32,7 +32,7 @@ async def openapi(call: Call[None, None]) -> web.Response:
 
 @functools.cache
 def _document() -> bytes:
-    return json.dumps(document(ROUTES)).encode()
+    return json.dumps(document(ROUTES)).encode() + b"\n"
 
 
 NOTHING = Answer(None, 204)

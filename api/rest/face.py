@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import stat
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from xferd.api.errors import Closed, ConfigError
 from xferd.api.rest._adapter import Adapter
@@ -32,8 +34,11 @@ SOCKET_MODE = 0o660
 
 _LINE_NBYTES = 16384
 _READ_NBYTES = 1 << 19
-_SHUTDOWN_S = 1.0
+_SHUTDOWN_S = 0.5
 """How long requests under way are given at ``aclose``; the engine has drained before, so only waits are left."""
+
+_LINGER_S = 1.0
+"""How long a refused body is still read, so that its sender gets to see the answer."""
 
 _log = structlog.get_logger("xferd.rest")
 
@@ -102,9 +107,11 @@ class RestFace:
         self._runner = web.AppRunner(
             self._app,
             access_log=None,
+            logger=_server_log(),
             handle_signals=False,
             handler_cancellation=True,  # who hangs up in a wait must not take notifications out of the inbox
             shutdown_timeout=_SHUTDOWN_S,
+            lingering_time=_LINGER_S,
             auto_decompress=False,
             max_line_size=_LINE_NBYTES,
             read_bufsize=_READ_NBYTES,
@@ -117,7 +124,7 @@ class RestFace:
         except BaseException:
             await self.aclose()
             raise
-        _log.info("REST face listens", socket=str(self._socket_path), address=self._address)
+        _log.info("rest.listening", socket=str(self._socket_path), address=self._address)
 
     async def aclose(self) -> None:
         """Stop listening, give requests under way a moment, remove the socket. Twice is fine."""
@@ -215,6 +222,20 @@ def _application(adapter: Adapter, listen: Listen | None) -> web.Application:
         app.router.add_route(route.method, route.path, adapter.handler(route), expect_handler=_expect)
     app.on_response_prepare.append(_headers)
     return app
+
+
+class _NotOurFault(logging.Filter):
+    """Drops what aiohttp logs, with a traceback of the client's bytes, when someone sends what is no HTTP."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+def _server_log() -> logging.Logger:
+    logger = logging.getLogger("xferd.rest.http")
+    if not any(isinstance(item, _NotOurFault) for item in logger.filters):
+        logger.addFilter(_NotOurFault())
+    return logger
 
 
 async def _expect(request: web.Request) -> None:

@@ -11,7 +11,6 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import structlog
 
 from xferd.api.descriptors import PreparedRef
@@ -390,8 +389,8 @@ def _digest(request: TransferRequest) -> bytes:
     return state.digest()
 
 
-def _parts(spec: ListSpec) -> tuple[bytes | memoryview, ...]:
+def _parts(spec: ListSpec) -> tuple[bytes, ...]:
     if isinstance(spec, PreparedRef):
-        return b"prepared", str(spec.handle).encode(), b"" if spec.index is None else memoryview(spec.index).cast("B")
-    columns = (memoryview(np.ascontiguousarray(c)).cast("B") for c in (spec.region, spec.offset, spec.nbytes))
+        return b"prepared", str(spec.handle).encode(), b"" if spec.index is None else spec.index.tobytes()
+    columns = (column.tobytes() for column in (spec.region, spec.offset, spec.nbytes))
     return spec.node.encode(), str(spec.epoch).encode(), *columns

@@ -73,7 +73,7 @@ class Runner:
         self._on_ended = on_ended
         self.clock = clock
         self._group = asyncio.TaskGroup()
-        self._tasks: dict[TransferId, set[asyncio.Task[None]]] = {}
+        self._tasks: dict[TransferId, set[asyncio.Task[_Outcome]]] = {}
         self._deadlines: dict[TransferId, asyncio.TimerHandle] = {}
         self._waiters: dict[TransferId, list[asyncio.Future[None]]] = {}
         self._watchers: dict[SessionId, list[asyncio.Queue[Transfer]]] = {}
@@ -191,9 +191,9 @@ class Runner:
             # A backend's bug ends its chunk, not the daemon.
             transfer = start.transfer
             log.exception("backend_bug", transfer=transfer.id, route=start.route.name, cause_id=transfer.cause_id)
-            error = InternalError(f"{start.route.name}: {type(caught).__name__}: {caught}", remedy="see the node's log")
-            error.__cause__ = caught
-            return error
+            bug = InternalError(f"{start.route.name}: {type(caught).__name__}: {caught}", remedy="see the node's log")
+            bug.__cause__ = caught
+            return bug
 
     def _moved(self, start: StartChunk, outcome: _Outcome) -> None:
         now = self.clock()

@@ -223,7 +223,8 @@ class ExtentAllocator:
         now = self.statistics()
         return PoolExhausted(
             f"no room for {len(units)} extents of {total * self.align} bytes together, the largest "
-            f"{max(units) * self.align}: {now.free_nbytes} bytes are free, at most {now.largest_free_nbytes} in one piece",
+            f"{max(units) * self.align}: {now.free_nbytes} bytes are free, "
+            f"at most {now.largest_free_nbytes} in one piece",
             limit=f"{now.nbytes} bytes",
             remedy="free regions, or raise the pool's nbytes",
         )

@@ -30,6 +30,8 @@ from xferd.plugins.base import FileSpace, MappedSpace, ProcessSpace, Space
 from xferd.plugins.vectored import copy_process, has_ended, iov_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
 
     from xferd.api.types import PeerCredentials
@@ -90,6 +92,11 @@ class PoolBacking(Backing):
         self.pool_name = pool.name
         self.pool_offset = offset
         self.position = address
+
+    def detach(self) -> list[int]:
+        """Hand over what ``close`` would free: the extent's offset, or nothing where it was closed before."""
+        was_closed, self._closed = self._closed, True
+        return [] if was_closed else [self.pool_offset]
 
     def _close(self) -> None:
         self.pool.free(self.pool_offset)
@@ -184,6 +191,21 @@ class ClientProcess:
             self.pidfd = -1
 
 
+def close_backings(backings: Iterable[Backing]) -> None:
+    """Close many at once: extents of one pool are freed as a group, which is far quicker than one by one.
+
+    Blocks as ``Backing.close`` does.
+    """
+    extents: dict[HostPool, list[int]] = {}
+    for backing in backings:
+        if isinstance(backing, PoolBacking):
+            extents.setdefault(backing.pool, []).extend(backing.detach())
+        else:
+            backing.close()
+    for pool, offsets in extents.items():
+        pool.free_group(offsets)
+
+
 def open_memfd(fd: int, nbytes: int = 0) -> MemfdBacking:
     """Map the first ``nbytes`` bytes of a client's memfd, 0 for all of it. The fd stays the caller's, to be closed.
 
@@ -205,7 +227,7 @@ def open_memfd(fd: int, nbytes: int = 0) -> MemfdBacking:
 
 
 def open_passed_fd(fd: int, nbytes: int = 0, *, writable: bool) -> FileBacking:
-    """Check a client's fd of a regular file and take it over, ``nbytes`` 0 for its present size.
+    """Check a client's fd of a regular file and take it over; ``nbytes`` 0 takes the file's present size.
 
     The backing owns the fd once this returns; where it raises, the fd stays the caller's.
 
@@ -263,6 +285,7 @@ def open_private(process: ClientProcess, address: int, nbytes: int) -> PrivateBa
 
 
 def _checked_size(nbytes: int, size: int, what: str, remedy: str) -> int:
+    """Return ``nbytes``, or ``size`` for 0, after checking it against what the fd has."""
     if nbytes < 0 or not size:
         raise InvalidArgument(f"{nbytes} bytes of a {what} of {size}", limit="at least 1 byte", remedy=remedy)
     if nbytes > size:

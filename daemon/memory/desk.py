@@ -23,8 +23,15 @@ from xferd.api.errors import (
     Unsupported,
 )
 from xferd.api.types import RegionListing, RegionSource
-from xferd.daemon.memory.backing import ClientProcess, FileBacking, MemfdBacking, PoolBacking
-from xferd.daemon.memory.files import open_passed_fd
+from xferd.daemon.memory.backing import (
+    ClientProcess,
+    FileBacking,
+    PoolBacking,
+    close_backings,
+    open_memfd,
+    open_passed_fd,
+    open_private,
+)
 from xferd.daemon.memory.regions import LocalActor
 from xferd.plugins.base import Chunk, Extent, MappedSpace
 from xferd.plugins.vectored import iov_of
@@ -126,8 +133,7 @@ class MemoryDesk:
                 label=request.label,
             )
         except BaseException:
-            for backing in backings:
-                backing.close()
+            close_backings(backings)
             raise
         return RegionListing(self._node, self._epoch, infos)
 
@@ -140,21 +146,21 @@ class MemoryDesk:
                 limit="sessions opened over the session socket",
                 remedy="open the session over the session socket, or allocate from a pool",
             )
-        backing = process.register(request.address, request.nbytes, writable=request.writable)
+        backing = open_private(process, request.address, request.nbytes)
         return self._add(caller, backing, request.nbytes, request.access, request.label, writable=request.writable)
 
     async def register_file(self, caller: Caller, request: RegisterFileRequest) -> RegionInfo:
         """Register a file under a configured root."""
         _session(caller)
         opened = await asyncio.to_thread(self._roots.open_path, request)
-        backing = FileBacking(opened.fd, opened.path, RegionSource.PATH)
+        backing = FileBacking(opened.fd, opened.path, RegionSource.PATH, opened.nbytes)
         return self._add(caller, backing, opened.nbytes, request.access, request.label, writable=request.writable)
 
     async def register_memfd(self, caller: Caller, fd: int, nbytes: int, access: Access, label: str) -> RegionInfo:
         """Register a client's memfd. Owns ``fd`` from the call on, also when it fails."""
         try:
             _session(caller)
-            backing = MemfdBacking.open(fd, nbytes)
+            backing = open_memfd(fd, nbytes)
         finally:
             os.close(fd)
         return self._add(caller, backing, backing.nbytes, access, label, writable=backing.writable)
@@ -165,12 +171,11 @@ class MemoryDesk:
         """Register an open file. Owns ``fd`` from the call on, also when it fails."""
         try:
             _session(caller)
-            opened = open_passed_fd(fd, nbytes, writable=writable)
+            backing = open_passed_fd(fd, nbytes, writable=writable)
         except BaseException:
             os.close(fd)
             raise
-        backing = FileBacking(fd, opened.path, RegionSource.FD)
-        return self._add(caller, backing, opened.nbytes, access, label, writable=writable)
+        return self._add(caller, backing, backing.nbytes, access, label, writable=writable)
 
     async def free(self, caller: Caller, regions: Sequence[RegionId]) -> None:
         """Free regions of the caller, all or none."""
@@ -249,7 +254,7 @@ class MemoryDesk:
     async def _close(backings: Sequence[Backing]) -> None:
         """Close in a thread: wiping hundreds of MiB takes tens of milliseconds. Not to be left half done."""
         if backings:
-            await asyncio.shield(asyncio.to_thread(_close_all, backings))
+            await asyncio.shield(asyncio.to_thread(close_backings, backings))
 
 
 class _Holding:
@@ -266,11 +271,6 @@ class _Holding:
 
     def __exit__(self, *_: object) -> None:
         self._regions.release(self._holder)
-
-
-def _close_all(backings: Sequence[Backing]) -> None:
-    for backing in backings:
-        backing.close()
 
 
 def _session(caller: Caller) -> SessionId:

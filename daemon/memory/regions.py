@@ -4,7 +4,8 @@ Every descriptor of the daemon is checked here. Columns stay columns (``slots.py
 few gathers and no Python loop. The table is used from the event loop and from lane threads; one lock guards it, and
 what is done under it is proportional to slots, never to rows.
 
-Not here: opening, mapping and closing of memory (``backing.py``, ``pool.py``, ``files.py``). Backings of removed
+Not here: the arithmetic of lists (``resolving.py``); opening, mapping and closing of memory (``backing.py``,
+``pool.py``, ``files.py``). Backings of removed
 regions are handed to the caller, who closes them outside the lock.
 
 Order of a session's end: ``retire`` (no new holds), cancel what ``holders_of`` names, ``wait_idle``,
@@ -18,6 +19,7 @@ import contextlib
 import secrets
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -53,6 +55,9 @@ class PeerActor:
 
     node: str
 
+
+_REMEMBERED = 1024
+"""Ended sessions whose late registrations are refused; none is under way for longer than so many sessions end."""
 
 Actor: TypeAlias = LocalActor | PeerActor
 
@@ -115,6 +120,7 @@ class RegionTable:
         self._owned: dict[SessionId, _Owned] = {}
         self._owner_numbers: list[int] = []  # free ones
         self._holds: dict[str, list[_Hold]] = {}
+        self._gone: deque[SessionId] = deque(maxlen=_REMEMBERED)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -148,12 +154,10 @@ class RegionTable:
     ) -> tuple[RegionInfo, ...]:
         """Enter regions of one owner, all or none. The table owns the backings only after it returns.
 
-        The caller makes sure, in the same step of the event loop, that the session is alive.
-
         Raises:
             Overloaded: the table is full.
             InvalidArgument: a region of 0 bytes, or one that passes the end of what can be addressed.
-            Closed: the session is being ended.
+            Closed: the session is being ended, or has.
         """
         for backing, nbytes in backings:
             _check_span(backing, nbytes)
@@ -167,19 +171,22 @@ class RegionTable:
                     remedy="free regions, or raise limits.max_regions",
                 )
             owned = self._owned.get(owner)
-            if owned is not None and owned.retired:
-                raise Closed(f"session {owner} is being ended", remedy="open a new session")
+            if owner in self._gone or (owned is not None and owned.retired):
+                raise Closed(f"session {owner} has ended or is ending", remedy="open a new session")
             if owned is None:
-                owned = self._owned[owner] = _Owned(self._take_owner_number())
+                owned = self._own(owner)
+            ids = self._slots.add_group(
+                [(backing.position, nbytes, backing.space) for backing, nbytes in backings],
+                owned.number,
+                access,
+                writable=writable,
+            )
             infos = []
-            for backing, nbytes in backings:
-                region = self._slots.add(
-                    backing.position, nbytes, backing.space, owned.number, access, writable=writable
-                )
+            for region, (backing, nbytes) in zip(ids, backings, strict=True):
                 info = self._info_of(region, agent, backing, nbytes, access, label, writable)
                 self._records[slot_of(region)] = _Record(info, backing, owner, since)
-                owned.slots.add(slot_of(region))
                 infos.append(info)
+            owned.slots.update(map(slot_of, ids))
             return tuple(infos)
 
     def remove(self, session: SessionId, ids: Sequence[RegionId]) -> list[Backing]:
@@ -205,10 +212,9 @@ class RegionTable:
     def retire(self, session: SessionId) -> None:
         """Begin a session's end: its regions take no new holds and are no longer listed to others. Twice is fine."""
         with self._lock:
-            owned = self._owned.get(session)
-            if owned is not None:
-                owned.retired = True
-                self._slots.closing[owned.as_array()] = True
+            owned = self._owned.get(session) or self._own(session)
+            owned.retired = True
+            self._slots.closing[owned.as_array()] = True
 
     def remove_retired(self, session: SessionId) -> list[Backing]:
         """Take out all regions of a retired session and return their backings for the caller to close.
@@ -224,7 +230,10 @@ class RegionTable:
                 raise Busy(f"session {session} is alive", remedy="retire it first")
             for slot in owned.slots:
                 self._check_idle(int(self._slots.ids[slot]))
-            return [self._take_out(slot) for slot in tuple(owned.slots)] if owned.slots else self._forget(session)
+            backings = [self._take_out(slot) for slot in tuple(owned.slots)]
+            self._forget(session)
+            self._gone.append(session)
+            return backings
 
     # ---------------------------------------------------------------------------------------- look at it
 
@@ -398,8 +407,10 @@ class RegionTable:
             path=backing.path,
         )
 
-    def _take_owner_number(self) -> int:
-        return self._owner_numbers.pop() if self._owner_numbers else len(self._owned)
+    def _own(self, session: SessionId) -> _Owned:
+        number = self._owner_numbers.pop() if self._owner_numbers else len(self._owned)
+        owned = self._owned[session] = _Owned(number)
+        return owned
 
     def _record(self, region: int) -> _Record:
         if not self._slots.is_alive(region):
@@ -411,15 +422,14 @@ class RegionTable:
         self._slots.remove(slot)
         owned = self._owned[record.owner]
         owned.slots.discard(slot)
-        if not owned.slots:
+        if not owned.slots and not owned.retired:
             self._forget(record.owner)
         return record.backing
 
-    def _forget(self, session: SessionId) -> list[Backing]:
+    def _forget(self, session: SessionId) -> None:
         owned = self._owned.pop(session)
         self._owner_numbers.append(owned.number)
         self._wake(owned)
-        return []
 
     def _ids_of(self, regions: Sequence[RegionId]) -> Column:
         try:

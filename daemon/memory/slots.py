@@ -17,6 +17,8 @@ from xferd.api.errors import NotFound, Stale
 from xferd.api.types import Access, RegionId
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from xferd.api.descriptors import Column
@@ -72,22 +74,23 @@ class SlotTable:
     def __len__(self) -> int:
         return self.used - len(self._free)
 
-    def add(self, base: int, nbytes: int, space: Space, owner: int, access: Access, *, writable: bool) -> RegionId:
-        """Give a new region a slot; the caller has checked that one is left."""
-        slot = self._free.pop() if self._free else self._fresh()
-        region = RegionId(self._generation << 32 | slot)
-        self._generation = (self._generation + 1) % GENERATIONS or 1
+    def add_group(
+        self, spans: Sequence[tuple[int, int, Space]], owner: int, access: Access, *, writable: bool
+    ) -> list[RegionId]:
+        """Give new regions, as (base, nbytes, space), their slots; the caller has checked that enough are left."""
+        slots = [self._free.pop() if self._free else self._fresh() for _ in spans]
+        ids = [RegionId(self._next_generation() << 32 | slot) for slot in slots]
         allowed = Access.READ_WRITE if writable else Access.READ
-        self.ids[slot] = region
-        self.base[slot] = base
-        self.nbytes[slot] = nbytes
-        self.space[slot] = self._spaces.take(space)
-        self.owner[slot] = owner
-        self.held[slot] = 0
-        self.own_rights[slot] = allowed.value
-        self.other_rights[slot] = (access & allowed).value
-        self.closing[slot] = False
-        return region
+        self.ids[slots] = np.array(ids, dtype=np.uint64)
+        self.base[slots] = np.array([base for base, _, _ in spans], dtype=np.uint64)
+        self.nbytes[slots] = np.array([nbytes for _, nbytes, _ in spans], dtype=np.uint64)
+        self.space[slots] = [self._spaces.take(space) for _, _, space in spans]
+        self.owner[slots] = owner
+        self.held[slots] = 0
+        self.own_rights[slots] = allowed.value
+        self.other_rights[slots] = (access & allowed).value
+        self.closing[slots] = False
+        return ids
 
     def remove(self, slot: int) -> None:
         """Free a slot; its id is stale from now on."""
@@ -135,6 +138,11 @@ class SlotTable:
         assert (self.ids[live] >> np.uint64(32) != 0).all(), "generation 0 was given"
         assert (self.held[live] >= 0).all(), "a negative hold count"
         self._spaces.check_invariants(self.space[live])
+
+    def _next_generation(self) -> int:
+        given = self._generation
+        self._generation = (given + 1) % GENERATIONS or 1
+        return given
 
     def _fresh(self) -> int:
         if self.used == len(self.ids):

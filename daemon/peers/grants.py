@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,30 +21,9 @@ from xferd.plugins.vectored import copy_process, read_file, write_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from xferd.daemon.memory.regions import Resolved
+    from xferd.daemon.memory.resolving import Resolved
+    from xferd.daemon.memory.staging import StagingPool, StagingSlot
     from xferd.plugins.base import IovTable
-
-
-class StagingSlot(Protocol):
-    """A span of this process's memory, lent."""
-
-    @property
-    def address(self) -> int:
-        """Where it begins."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-
-
-class StagingLender(Protocol):
-    """Lends staging memory to lanes' threads."""
-
-    def borrow(self, holder: str) -> StagingSlot:
-        """Return a slot, waiting for one if need be; thread-safe. Raises ``Overloaded`` when none comes free."""
-
-    def give_back(self, slot: StagingSlot) -> None:
-        """Take a slot back; thread-safe."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +63,7 @@ class PeerGrant:
         op: READ: the peer reads what is here.
         nbytes: total of the spans.
         staging: lends a slot to a list that needs one, for as long as the grant is open.
+        staging_timeout_s: how long to wait for a slot; ``windows`` raises ``Overloaded`` when none comes free.
         holder: the name under which regions and slot are held.
         on_close: lets go of the regions; called once.
     """
@@ -94,7 +74,8 @@ class PeerGrant:
         op: TransferOp,
         nbytes: int,
         *,
-        staging: StagingLender,
+        staging: StagingPool,
+        staging_timeout_s: float,
         holder: str,
         on_close: Callable[[], None],
     ) -> None:
@@ -102,6 +83,7 @@ class PeerGrant:
         self._runs = runs_of(resolved)
         self._op = op
         self._staging = staging
+        self._staging_timeout_s = staging_timeout_s
         self._holder = holder
         self._on_close = on_close
         self._slot: StagingSlot | None = None
@@ -130,11 +112,11 @@ class PeerGrant:
         assert isinstance(run.space, ProcessSpace | FileSpace)
         stager, total = Stager(run.space), run.nbytes
         if self._slot is None:
-            self._slot = self._staging.borrow(self._holder)
+            self._slot = self._staging.borrow(self._staging_timeout_s, self._holder)
         for start in range(0, total, self._slot.nbytes):
             stop = min(total, start + self._slot.nbytes)
             part = run.cut(start, stop).iov
-            staging = np.array([[self._slot.address, stop - start]], dtype=np.uint64)
+            staging = self._slot.iov(stop - start)
             if self._op is TransferOp.READ:
                 stager.fill(staging, part)
                 yield staging

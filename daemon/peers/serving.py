@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from xferd.api.types import NodeInfo, Notification
     from xferd.daemon.memory.regions import RegionTable
-    from xferd.daemon.peers.grants import StagingLender
+    from xferd.daemon.memory.staging import StagingPool
     from xferd.plugins.base import PeerIdentity, PeerTransport
 
 QUIESCE_LOOK_S = 0.02
@@ -71,6 +71,7 @@ class PeerServing:
         events: hears of connections.
         max_descriptors: limit on the rows of one request.
         quiesce_timeout_s: how long a peer's Quiesce may take.
+        staging_timeout_s: how long a lane waits for staging memory.
     """
 
     def __init__(
@@ -78,13 +79,14 @@ class PeerServing:
         *,
         me: Callable[[], NodeInfo],
         regions: RegionTable,
-        staging: StagingLender,
+        staging: StagingPool,
         learn: Callable[[NodeInfo], None],
         deliver: Callable[[Notification], None],
         transport: PeerTransport,
         events: PeerEvents,
         max_descriptors: int = 1 << 20,
         quiesce_timeout_s: float = 5.0,
+        staging_timeout_s: float = 5.0,
     ) -> None:
         self._me = me
         self._epoch = me().epoch
@@ -96,10 +98,12 @@ class PeerServing:
         self._events = events
         self._max_descriptors = max_descriptors
         self._quiesce_timeout_s = quiesce_timeout_s
+        self._staging_timeout_s = staging_timeout_s
         self._refusal = ""
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._open: dict[tuple[str, str], int] = {}
+        self._holders: dict[str, tuple[PeerIdentity, str]] = {}
         self._quiescing: dict[tuple[str, str], list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
 
     # -- what the daemon sets and asks
@@ -112,6 +116,17 @@ class PeerServing:
         """Return the number of open grants."""
         with self._lock:
             return sum(self._open.values())
+
+    async def abort(self, holder: str) -> None:
+        """Bring the grant of a holder to rest, because what it reads or writes must go; a closed one is fine.
+
+        Raises:
+            DeadlineExceeded: a system call does not return.
+        """
+        with self._lock:
+            held = self._holders.get(holder)
+        if held is not None:
+            await self._quiesce(*held, cause_id="")
 
     # -- control requests
 
@@ -225,6 +240,7 @@ class PeerServing:
         key = (peer.node, request.transfer_id)
         with self._lock:
             self._open[key] = self._open.get(key, 0) + 1
+            self._holders[holder] = (peer, request.transfer_id)
         _log.debug(
             "grant_opened",
             peer=peer.node,
@@ -239,9 +255,17 @@ class PeerServing:
             try:
                 self._regions.release(holder)
             finally:
-                self._grant_closed(key)
+                self._grant_closed(key, holder)
 
-        return PeerGrant(resolved, op, request.total_nbytes, staging=self._staging, holder=holder, on_close=close)
+        return PeerGrant(
+            resolved,
+            op,
+            request.total_nbytes,
+            staging=self._staging,
+            staging_timeout_s=self._staging_timeout_s,
+            holder=holder,
+            on_close=close,
+        )
 
     def _parse(self, request: peer_pb.DataRequest) -> DescriptorList:
         rows = max(len(request.region), len(request.offset), len(request.nbytes)) // 8
@@ -260,8 +284,9 @@ class PeerServing:
             )
         return descriptors
 
-    def _grant_closed(self, key: tuple[str, str]) -> None:
+    def _grant_closed(self, key: tuple[str, str], holder: str) -> None:
         with self._lock:
+            del self._holders[holder]
             left = self._open[key] = self._open[key] - 1
             if not left:
                 del self._open[key]

@@ -89,15 +89,15 @@ class PeerTable:
             self._move(peer, PeerState.UNKNOWN, "its record is back")
 
     def connecting(self, name: str) -> None:
-        """An attempt to reach it begins; a suspect stays one until the attempt succeeds."""
+        """An attempt to reach it begins; one that is suspect or gone stays so until the attempt succeeds."""
         peer = self._peers.get(name)
-        if peer is not None and peer.state in (PeerState.UNKNOWN, PeerState.GONE):
+        if peer is not None and peer.state is PeerState.UNKNOWN:
             self._move(peer, PeerState.JOINING, "connecting")
 
     def failed(self, name: str, reason: str) -> None:
-        """An attempt failed."""
+        """An attempt failed; one that has gone stays gone, because its leaving explains the failure."""
         peer = self._peers.get(name)
-        if peer is not None and peer.identity is None:
+        if peer is not None and peer.identity is None and peer.state is not PeerState.GONE:
             self._move(peer, PeerState.SUSPECT, reason)
 
     def connected(self, identity: PeerIdentity, dialled: str = "") -> PeerIdentity | None:
@@ -174,7 +174,7 @@ class PeerTable:
     def _move(self, peer: Peer, state: PeerState, reason: str) -> None:
         if peer.state is not state:
             peer.since = self._clock()
-            _log.info("peer_state", node=peer.node.name, state=state.value, before=peer.state.value, reason=reason)
+            _log.info("peer_state", peer=peer.node.name, state=state.value, before=peer.state.value, reason=reason)
         peer.state, peer.reason = state, reason
         if state is PeerState.GONE:
             gone = sorted((p.since, name) for name, p in self._peers.items() if p.state is PeerState.GONE)

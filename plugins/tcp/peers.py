@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from xferd.api.errors import AlreadyExists, Overloaded, Stale, Unavailable
+from xferd.api.proto import peer_v1_pb2 as pb
 from xferd.plugins.base import PeerLinkStatistics
 
 if TYPE_CHECKING:
@@ -159,14 +160,16 @@ class PeerTable:
         if peer.control is None:
             self.drop(peer, reason)
 
-    def drop(self, peer: Peer, reason: str) -> None:
-        """End all lanes of a peer and tell the handler. Twice is fine."""
+    def drop(self, peer: Peer, reason: str, *, goodbye: bool = False) -> None:
+        """End all lanes of a peer, after a word to it if ``goodbye``, and tell the handler. Twice is fine."""
         if peer.gone:
             return
         peer.gone = reason or "closed"
         if self._peers.get(peer.identity.node) is peer:
             del self._peers[peer.identity.node]
         for lane in [*peer.accepted, *([peer.dialled] if peer.dialled else [])]:
+            if goodbye:
+                lane.post(pb.PeerRequest(goodbye=pb.Goodbye(reason=reason)))
             lane.close(reason)
         if peer.pool is not None:
             peer.pool.close(f"node {peer.identity.node!r}: {reason}")

@@ -84,7 +84,7 @@ class TcpTransport(PeerTransport):
             self._listener.close()
         if self._home is not None:
             for peer in self._home.peers.all():
-                self._bid_goodbye(peer, reason)
+                self._home.peers.drop(peer, reason, goodbye=True)
         await self._tasks.aclose()
         if self._controls:
             await asyncio.wait(self._controls)
@@ -94,11 +94,6 @@ class TcpTransport(PeerTransport):
             await asyncio.wait([lane.left for lane in self._threads], timeout=self._options.quiesce_timeout)
         for lane in self._threads:
             log.error("thread does not stop", thread=lane.thread.name, peer=lane.peer.node)
-
-    def _bid_goodbye(self, peer: Peer, reason: str) -> None:
-        for lane in [*peer.accepted, *([peer.dialled] if peer.dialled else [])]:
-            lane.post(pb.PeerRequest(goodbye=pb.Goodbye(reason=reason)))
-        self._at_home().peers.drop(peer, reason)
 
     def _at_home(self) -> _Home:
         if self._is_closed:
@@ -161,9 +156,10 @@ class TcpTransport(PeerTransport):
 
     async def disconnect(self, node: str, reason: str) -> None:
         """Say goodbye to a node and close all lanes with it; nothing happens where there are none."""
-        peer = self._at_home().peers.get(node)
+        peers = self._at_home().peers
+        peer = peers.get(node)
         if peer is not None:
-            self._bid_goodbye(peer, reason)
+            peers.drop(peer, reason, goodbye=True)
 
     def quiesce(self, peer: PeerIdentity, transfer_id: str) -> bool:
         """Refuse a peer's transfer from now on; return whether no lane serves it any more."""

@@ -17,7 +17,7 @@ from grpc_harness import Client, attached, column, columns, failure, serving
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from xferd.api.errors import ConfigError, PoolExhausted
+from xferd.api.errors import Closed, ConfigError, PoolExhausted
 from xferd.api.grpc.server import GrpcFace, check_listen
 from xferd.api.proto import xferd_v1_pb2 as pb
 
@@ -74,6 +74,24 @@ async def test_session_ends_when_the_connection_breaks(face: GrpcFace, engine: F
         await client.channel.close()
         await until_empty(engine)
     assert engine.nothing_held()
+
+
+async def test_a_client_that_goes_while_its_session_opens_leaves_nothing(face: GrpcFace, engine: FakeEngine) -> None:
+    engine.gate("open_session")
+    async with grpc.aio.insecure_channel(f"unix:{face.socket_path}") as channel:
+        stream = Client(channel).sessions.Open(pb.OpenSessionRequest())
+        await engine.called("open_session")
+        stream.cancel()
+        await engine.was_cancelled("open_session")
+    assert engine.nothing_held()
+
+
+async def test_a_closed_face_does_not_start_again(engine: FakeEngine) -> None:
+    async with serving(engine) as face:
+        await face.start()
+        await face.aclose()
+        with pytest.raises(Closed):
+            await face.start()
 
 
 async def test_stream_says_why_the_daemon_ends_the_session(client: Client, engine: FakeEngine) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -255,12 +257,31 @@ async def test_bodies_over_the_limit_announced_or_not(rest: Rest, token: str) ->
             yield b" " * 65536
 
     big = b" " * ((1 << 20) + 1)
-    for data in (big, endless()):
-        reply = await rest(
-            "POST", "/v1/prepared", token=token, data=data, headers={"Content-Type": "application/json"}
-        )
+    for data in (io.BytesIO(big), endless()):
+        reply = await rest("POST", "/v1/prepared", token=token, data=data, headers={"Content-Type": "application/json"})
         assert (reply.status, reply.code, reply.json["limit"]) == (413, "limit_exceeded", "1048576 bytes")
-    assert (await rest("PUT", "/v1/metadata/import", data=big)).code == "limit_exceeded"
+    assert (await rest("PUT", "/v1/metadata/import", data=io.BytesIO(big))).code == "limit_exceeded"
+
+
+@pytest.mark.slow
+async def test_the_face_stays_responsive_under_a_million_descriptors() -> None:
+    """Health is answered while the list is taken in; as runs the same list is small."""
+    async with serving() as rest:
+        token = await rest.session()
+        (region,) = await rest.allocate(token, 4096)
+        rows = {"columns": {"region": region, "offset": list(range(1_000_000)), "nbytes": 1}}
+        data = io.BytesIO(json.dumps(rows).encode())
+        headers = {"Content-Type": "application/json"}
+        big = asyncio.create_task(rest("POST", "/v1/prepared", token=token, data=data, headers=headers))
+        async with asyncio.timeout(2):
+            assert (await rest("GET", "/livez")).status == 200
+        reply = await big
+        assert (reply.code, reply.json["limit"]) in (
+            ("out_of_bounds", "4096 bytes"),
+            ("limit_exceeded", "8388608 bytes"),
+        )
+        runs = {"runs": [{"region": region, "offset": 0, "nbytes": 4096, "stride": 0, "count": 1_000_000}]}
+        assert (await rest("POST", "/v1/prepared", runs, token=token)).json["count"] == 1_000_000
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from xferd.api.types import (
 )
 from xferd.daemon.memory.backing import FileBacking
 from xferd.daemon.memory.regions import RegionTable
+from xferd.daemon.memory.staging import StagingPool
 from xferd.daemon.peers.exchange import RecordExchange
 from xferd.daemon.peers.manager import PeerManager, full_jitter
 from xferd.daemon.peers.serving import PeerServing
@@ -127,14 +128,6 @@ class Link(PeerTransport):
         return [request for request in self.requests if request.WhichOneof("request") == kind]
 
 
-class NoStaging:
-    def borrow(self, holder: str) -> object:
-        raise NotImplementedError
-
-    def give_back(self, slot: object) -> None:
-        raise NotImplementedError
-
-
 @dataclass
 class Node:
     me: NodeInfo
@@ -188,10 +181,12 @@ class World:
         manager = PeerManager(lambda: me, store, link, keep=keep, clock=clock, backoff=lambda _: 0.0)
         regions = RegionTable(name, epoch, 1 << 16)
         node = Node(me, link, store, manager, regions)
+        staging = StagingPool(2 << 12, 1 << 12)
+        self.stack.callback(staging.close)
         serving = PeerServing(
             me=lambda: me,
             regions=regions,
-            staging=NoStaging(),
+            staging=staging,
             learn=store.learn,
             deliver=node.deliver,
             transport=link,

@@ -63,6 +63,8 @@ def test_a_life(table: PeerTable) -> None:
     table.leaving("b", "stopping")
     assert state(table) == (PeerState.DRAINING, "stopping")
     assert table.lost(identity("b", 2), "closed")
+    table.connecting("b")
+    table.failed("b", "refused")
     assert state(table) == (PeerState.GONE, "closed")
     table.recorded(record("b", 3))
     assert state(table)[0] is PeerState.UNKNOWN

@@ -1,0 +1,351 @@
+"""The client's end of the session socket: finding it, saying Hello, passing file descriptors, hearing of the end.
+
+The exchange is described in docs/session-socket.md. Requests are made one at a time, so that a reply needs no
+table of waiters; whoever waits in vain leaves a late reply behind, which is dropped with its file descriptors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import os
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from xferd.api import wire
+from xferd.api.errors import DeadlineExceeded, PermissionDenied, ProtocolViolation, Unavailable, XferdError
+from xferd.api.proto.session_v1_pb2 import Hello, SessionSocketReply, SessionSocketRequest
+
+ENVIRONMENT = "XFERD_SOCKET"
+PROTOCOL_VERSION = 1
+
+_MAX_PACKET_NBYTES = 65536
+_MAX_FDS = 8
+_UCRED = struct.Struct("iii")
+_PR_SET_PTRACER = 0x59616D61  # "Yama"; see prctl(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a session socket is; with ``owners`` only a daemon of these users is trusted there."""
+
+    path: Path
+    owners: frozenset[int] | None = None
+
+
+def find_place(path: str | Path | None) -> Place:
+    """Return where the daemon listens: the argument, else $XFERD_SOCKET, else the default run directory.
+
+    The default is that of a daemon of one's own user, and the system's daemon where there is none.
+    """
+    named = path or os.environ.get(ENVIRONMENT)
+    if named:
+        return Place(Path(named))
+    system = Place(Path("/run/xferd/session.sock"))
+    uid = os.geteuid()
+    if uid == 0:
+        return system
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        own = Place(Path(runtime) / "xferd/session.sock")
+    else:  # anybody may make folders in /tmp, so the kernel must say whose daemon it is
+        own = Place(Path(f"/tmp/xferd-{uid}/session.sock"), frozenset({uid, 0}))  # noqa: S108 - checked by owners
+    return system if not own.path.exists() and system.path.exists() else own
+
+
+def hello(agent: str) -> SessionSocketRequest:
+    """Return the first message."""
+    return SessionSocketRequest(hello=Hello(version=PROTOCOL_VERSION, agent=agent))
+
+
+def open_socket(place: Place, timeout_s: float) -> socket.socket:
+    """Connect and let the daemon's process read and write ours, for regions that are registered by address.
+
+    Raises:
+        Unavailable: nobody listens there, or the daemon is swamped; ``__cause__`` has the system's error.
+        PermissionDenied: the path's permissions forbid it, or the daemon is not of a user to trust.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(str(place.path))
+        pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if place.owners is not None and uid not in place.owners:
+            raise PermissionDenied(
+                f"the daemon at {place.path} runs as user {uid}",
+                limit=f"users {sorted(place.owners)}",
+                remedy=f"name the socket in ${ENVIRONMENT} if you trust it",
+            )
+        _allow_tracer(pid)
+    except PermissionError as exc:
+        sock.close()
+        raise PermissionDenied(f"{place.path}: {exc.strerror}", remedy="ask for the right to write to it") from exc
+    except OSError as exc:
+        sock.close()
+        raise Unavailable(
+            f"no daemon answers at {place.path}: {exc.strerror or exc}",
+            remedy=f"start xferd, or set ${ENVIRONMENT} to its session socket",
+        ) from exc
+    except XferdError:
+        sock.close()
+        raise
+    return sock
+
+
+def _allow_tracer(pid: int) -> None:
+    """Let ``pid`` use process_vm_readv on us where the Yama module restricts it; elsewhere EINVAL, and no need."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0) and ctypes.get_errno() != errno.EINVAL:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+class Inbox:
+    """Reads packets off the socket and knows what has been heard of the session's end. Sans waiting."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.end_reason = ""
+
+    def take(self) -> tuple[SessionSocketReply, list[int]] | None:
+        """Return the next answer with its fds (the caller's), or None after an event or the end.
+
+        Raises:
+            BlockingIOError, TimeoutError: as the socket is set.
+        """
+        try:
+            data, fds, flags, _ = socket.recv_fds(self.sock, _MAX_PACKET_NBYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionError:
+            data, fds, flags = b"", [], 0
+        try:
+            reply = SessionSocketReply.FromString(data)
+            if not data:
+                self.end_reason = self.end_reason or "the daemon closed the session socket"
+            elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ProtocolViolation("a reply of the daemon was cut", remedy="raise RLIMIT_NOFILE of this process")
+            elif reply.request_id:
+                taken, fds = fds, []
+                return reply, taken
+            elif reply.WhichOneof("reply") == "closing":
+                self.end_reason = reply.closing
+            elif reply.WhichOneof("reply") == "error":
+                self.end_reason = reply.error.message
+                raise wire.error_from_detail(reply.error)
+        except DecodeError as exc:
+            raise ProtocolViolation("the daemon sent no SessionSocketReply", remedy="is it xferd?") from exc
+        finally:
+            close_all(fds)
+        return None
+
+    def check_end(self) -> None:
+        """Raise ``Unavailable`` if the session is known to be over."""
+        if self.end_reason:
+            raise ended(self.end_reason)
+
+
+def ended(reason: str) -> Unavailable:
+    """Return the error for whatever is asked of a session that the daemon has ended."""
+    return Unavailable(f"the daemon ended this session: {reason}", remedy="connect again")
+
+
+def close_all(fds: list[int]) -> None:
+    """Close file descriptors that came with a reply."""
+    for fd in fds:
+        os.close(fd)
+
+
+def answer_of(reply: SessionSocketReply, fds: list[int]) -> tuple[SessionSocketReply, list[int]]:
+    """Return an answer, or raise the typed error that it is."""
+    if reply.WhichOneof("reply") == "error":
+        close_all(fds)
+        raise wire.error_from_detail(reply.error)
+    return reply, fds
+
+
+def _send(sock: socket.socket, request: SessionSocketRequest, fd: int) -> None:
+    data = request.SerializeToString()
+    try:
+        if fd < 0:
+            sock.send(data)
+        else:
+            socket.send_fds(sock, [data], [fd])
+    except ConnectionError as exc:
+        raise ended("the daemon closed the session socket") from exc
+
+
+class SessionSocket:
+    """Blocking exchanges, safe between threads."""
+
+    def __init__(self, place: Place, timeout_s: float) -> None:
+        """Connect; raises as ``open_socket``."""
+        self._inbox = Inbox(open_socket(place, timeout_s))
+        self._lock = threading.Lock()
+        self._number = 0
+        self._timeout_s = timeout_s
+
+    def exchange(self, request: SessionSocketRequest, fd: int = -1) -> tuple[SessionSocketReply, list[int]]:
+        """Send a request (``fd`` stays the caller's) and return its answer with its fds (the caller's from here on).
+
+        Raises:
+            DeadlineExceeded: no answer in time.
+            Unavailable: the session is over.
+        """
+        with self._lock:
+            self._inbox.check_end()
+            self._number += 1
+            request.request_id = self._number
+            deadline = time.monotonic() + self._timeout_s
+            sock = self._inbox.sock
+            try:
+                sock.settimeout(self._timeout_s)
+                _send(sock, request, fd)
+                while True:
+                    sock.settimeout(max(deadline - time.monotonic(), 1e-3))
+                    answer = self._inbox.take()
+                    self._inbox.check_end()
+                    if answer is not None and answer[0].request_id == self._number:
+                        return answer_of(*answer)
+                    if answer is not None:
+                        close_all(answer[1])
+            except TimeoutError as exc:
+                raise DeadlineExceeded(
+                    "the daemon did not answer on the session socket", limit=f"{self._timeout_s:g} s"
+                ) from exc
+
+    def end_reason(self) -> str:
+        """Return why the daemon ended the session, "" while it has not said so. Does not wait."""
+        with self._lock:
+            try:
+                self._inbox.sock.setblocking(False)
+                while not self._inbox.end_reason:
+                    answer = self._inbox.take()
+                    if answer is not None:
+                        close_all(answer[1])
+            except (BlockingIOError, XferdError, ValueError, OSError):
+                pass  # nothing to hear, or heard and noted
+            return self._inbox.end_reason
+
+    def close(self, linger_s: float) -> None:
+        """End the session; returns when the daemon has released all it held, or ``linger_s`` are over."""
+        with self._lock, self._inbox.sock as sock:
+            deadline = time.monotonic() + linger_s
+            try:
+                sock.settimeout(linger_s)
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(_MAX_PACKET_NBYTES):
+                    sock.settimeout(max(deadline - time.monotonic(), 1e-3))
+            except OSError:  # too slow, or gone already: the daemon notices the closed socket in any case
+                pass
+
+
+class AsyncSessionSocket:
+    """Exchanges on the running loop, which also hears the daemon's events as they come. Cancel-safe."""
+
+    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
+        """Take over a connected socket."""
+        sock.setblocking(False)
+        self._inbox = Inbox(sock)
+        self._lock = asyncio.Lock()
+        self._number = 0
+        self._timeout_s = timeout_s
+        self._waiter: asyncio.Future[tuple[SessionSocketReply, list[int]]] | None = None
+        self._ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock.fileno(), self._on_readable)
+
+    async def exchange(self, request: SessionSocketRequest, fd: int = -1) -> tuple[SessionSocketReply, list[int]]:
+        """As ``SessionSocket.exchange``. A cancelled exchange may have had its effect; its answer is dropped."""
+        async with self._lock:
+            self._inbox.check_end()
+            self._number += 1
+            request.request_id = self._number
+            self._waiter = waiter = self._loop.create_future()
+            answer = None
+            try:
+                # One small packet is under way at a time, so there is always room for it.
+                _send(self._inbox.sock, request, fd)
+                async with asyncio.timeout(self._timeout_s):
+                    answer = await waiter
+            except TimeoutError as exc:
+                raise DeadlineExceeded(
+                    "the daemon did not answer on the session socket", limit=f"{self._timeout_s:g} s"
+                ) from exc
+            finally:
+                self._waiter = None
+                if answer is None:
+                    _forfeit(waiter)
+            return answer_of(*answer)
+
+    def end_reason(self) -> str:
+        """Return why the daemon ended the session, "" while it has not said so."""
+        return self._inbox.end_reason
+
+    async def close(self, linger_s: float) -> None:
+        """As ``SessionSocket.close``; when cancelled it closes at once."""
+        sock = self._inbox.sock
+        try:
+            if not self._ended.is_set():
+                sock.shutdown(socket.SHUT_WR)
+                async with asyncio.timeout(linger_s):
+                    await self._ended.wait()
+        except (OSError, TimeoutError):  # as in SessionSocket.close
+            pass
+        finally:
+            self._stop_reading()
+            sock.close()
+
+    def abort(self) -> None:
+        """Close at once; the daemon ends the session on its own."""
+        self._stop_reading()
+        self._inbox.sock.close()
+
+    def _stop_reading(self) -> None:
+        if self._inbox.sock.fileno() >= 0:
+            self._loop.remove_reader(self._inbox.sock.fileno())
+
+    def _on_readable(self) -> None:
+        try:
+            answer = self._inbox.take()
+        except BlockingIOError:
+            return
+        except XferdError as exc:
+            self._fail(exc)
+            return
+        if answer is None:
+            if self._inbox.end_reason:
+                self._fail(ended(self._inbox.end_reason))
+            if self._inbox.end_reason and not _has_more(self._inbox.sock):
+                self._stop_reading()
+                self._ended.set()
+            return
+        waiter = self._waiter
+        if waiter is None or waiter.done() or answer[0].request_id != self._number:
+            close_all(answer[1])
+            return
+        waiter.set_result(answer)
+
+    def _fail(self, error: XferdError) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+
+
+def _forfeit(waiter: asyncio.Future[tuple[SessionSocketReply, list[int]]]) -> None:
+    """Close the fds of an answer that came just when its exchange was cancelled."""
+    if not waiter.cancel() and not waiter.cancelled() and waiter.exception() is None:
+        close_all(waiter.result()[1])
+
+
+def _has_more(sock: socket.socket) -> bool:
+    """Say whether more than the end is to come: after `closing` the daemon still releases, then closes."""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False

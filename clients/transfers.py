@@ -1,0 +1,201 @@
+"""What the sync and the async client share about lists and transfers: building requests, judging ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from xferd.api.descriptors import U32, DescriptorList, IndexColumn, PreparedRef
+from xferd.api.errors import Cancelled, DeadlineExceeded, InvalidArgument, OutOfBounds, XferdError
+from xferd.api.types import (
+    ENDED,
+    Notification,
+    Priority,
+    TransferId,
+    TransferOp,
+    TransferRequest,
+    TransferState,
+    TransferStatus,
+)
+from xferd.clients.memory import RegionBase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import ArrayLike
+
+    from xferd.api.types import PreparedHandle, PreparedInfo, Telemetry
+
+
+class PreparedBase:
+    """A list that the daemon has checked and keeps; use it, or rows of it, in transfers."""
+
+    def __init__(self, info: PreparedInfo) -> None:
+        self.info = info
+        self._is_released = False
+
+    @property
+    def handle(self) -> PreparedHandle:
+        """The daemon's handle."""
+        return self.info.handle
+
+    def __len__(self) -> int:
+        return self.info.count
+
+    def select(self, index: ArrayLike) -> PreparedRef:
+        """Return rows by number, in the order of ``index``.
+
+        Raises:
+            OutOfBounds: a number outside the list.
+            InvalidArgument: no integers.
+        """
+        return PreparedRef(self.handle, index_column(index, self.info.count))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.handle}: {self.info.count} rows, {self.info.total_nbytes} bytes>"
+
+
+ListLike: TypeAlias = DescriptorList | PreparedRef | PreparedBase | RegionBase
+"""What a transfer takes: a list, a prepared list, rows of one, or a whole region."""
+
+NotificationLike: TypeAlias = Notification | tuple[str, bytes]
+"""A notification, or (target, payload)."""
+
+
+def index_column(index: ArrayLike, count: int) -> IndexColumn:
+    """Return row numbers as they travel."""
+    numbers = np.atleast_1d(np.asarray(index))
+    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
+        raise InvalidArgument(
+            f"row numbers of dtype {numbers.dtype} and {numbers.ndim} dimensions",
+            limit="one dimension of integers",
+            remedy="give an index array",
+        )
+    if numbers.size and (int(numbers.min()) < 0 or int(numbers.max()) >= count):
+        wrong = int(numbers.min()) if int(numbers.min()) < 0 else int(numbers.max())
+        raise OutOfBounds(f"row {wrong}", limit=f"0 to {count - 1}", remedy="number rows of the prepared list from 0")
+    return numbers.astype(U32)
+
+
+def as_list(spec: ListLike) -> DescriptorList | PreparedRef:
+    """Return what the wire knows."""
+    if isinstance(spec, RegionBase):
+        return spec.whole()
+    if isinstance(spec, PreparedBase):
+        return PreparedRef(spec.handle)
+    return spec
+
+
+def transfer_request(
+    op: TransferOp | str,
+    local: ListLike,
+    remote: ListLike,
+    *,
+    key: str = "",
+    timeout_s: float = 0.0,
+    priority: Priority = Priority.NORMAL,
+    notification: NotificationLike | None = None,
+    backend: str = "",
+    cause_id: str = "",
+    hold: bool = False,
+) -> TransferRequest:
+    """Build a request from what users have at hand."""
+    if isinstance(notification, tuple):
+        target, payload = notification
+        notification = Notification(target, bytes(payload))
+    return TransferRequest(
+        op=_op_of(op),
+        local=as_list(local),
+        remote=as_list(remote),
+        key=key,
+        timeout_s=timeout_s,
+        priority=priority,
+        cause_id=cause_id,
+        notification=notification,
+        backend=backend,
+        hold=hold,
+    )
+
+
+def _op_of(op: TransferOp | str) -> TransferOp:
+    try:
+        return op if isinstance(op, TransferOp) else TransferOp(op.upper())
+    except ValueError as exc:
+        raise InvalidArgument(f"transfer op {op!r}", limit="READ or WRITE", remedy="use TransferOp") from exc
+
+
+def checked(status: TransferStatus) -> TransferStatus:
+    """Return the status of a transfer that is DONE or has not ended.
+
+    Raises:
+        XferdError: it FAILED; this is its error.
+        Cancelled: it was cancelled.
+    """
+    if status.state is TransferState.FAILED:
+        raise status.error or XferdError(f"transfer {status.id} failed without a reason")
+    if status.state is TransferState.CANCELLED:
+        raise Cancelled(f"transfer {status.id} was cancelled", remedy="post it again if it is still wanted")
+    return status
+
+
+def check_in_time(status: TransferStatus, timeout_s: float | None) -> TransferStatus:
+    """Return the status of a transfer that is DONE; raises as ``checked``, and ``DeadlineExceeded`` while it runs."""
+    if status.state in ENDED or timeout_s is None:
+        return checked(status)
+    raise DeadlineExceeded(
+        f"transfer {status.id} is still {status.state.value}",
+        limit=f"{timeout_s:g} s of waiting",
+        remedy="it goes on: wait again, or cancel it",
+    )
+
+
+class TransferBase:
+    """A transfer and what was last heard of it. ``status`` is not asked for anew: ``poll`` does that."""
+
+    def __init__(self, status: TransferStatus) -> None:
+        self.status = status
+
+    @property
+    def id(self) -> TransferId:
+        """The daemon's id."""
+        return self.status.id
+
+    @property
+    def state(self) -> TransferState:
+        """As last heard."""
+        return self.status.state
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether no byte of it moves any more, as last heard."""
+        return self.status.state in ENDED
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """As last heard."""
+        return self.status.telemetry
+
+    def __repr__(self) -> str:
+        counts = f"{self.telemetry.moved_nbytes}/{self.telemetry.total_nbytes} bytes"
+        return f"<{type(self).__name__} {self.id} {self.status.op.value} {self.state.value} {counts}>"
+
+
+TransferLike: TypeAlias = TransferBase | TransferId | str
+
+
+def id_of(transfer: TransferLike) -> TransferId:
+    """Return a transfer's id."""
+    return transfer.id if isinstance(transfer, TransferBase) else TransferId(transfer)
+
+
+def ids_of(transfers: Iterable[TransferLike]) -> list[TransferId]:
+    """Return the ids, in order."""
+    return [id_of(transfer) for transfer in transfers]
+
+
+def tell(transfers: Iterable[TransferLike], statuses: Iterable[TransferStatus]) -> None:
+    """Let transfer objects know what was heard of them."""
+    for transfer, status in zip(transfers, statuses, strict=True):
+        if isinstance(transfer, TransferBase):
+            transfer.status = status

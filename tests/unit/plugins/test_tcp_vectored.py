@@ -1,0 +1,135 @@
+"""Tables over sockets: every byte, in order, whatever the rows; what breaks is typed."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xferd.api.errors import MoveFailed, PeerLost
+from xferd.plugins import vectored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+
+@pytest.fixture
+def tcp() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        two, _ = listener.accept()
+    with one, two:
+        yield one, two
+
+
+def table(memory: NDArray[np.uint8], sizes: list[int], gap: int) -> NDArray[np.uint64]:
+    iov = np.empty((len(sizes), 2), dtype=np.uint64)
+    iov[:, 1] = sizes
+    iov[:, 0] = memory.ctypes.data + np.concatenate(([0], np.cumsum(np.array(sizes) + gap)[:-1]))
+    return iov
+
+
+def run(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("rows", [1, 1024, 3000])
+def test_tables_longer_than_a_call_and_buffers(tcp: tuple[socket.socket, socket.socket], rows: int) -> None:
+    one, two = tcp
+    sizes = [1 + (i * 7919) % 9000 for i in range(rows)]
+    source = np.random.default_rng(1).integers(0, 256, sum(sizes) + 3 * rows, dtype=np.uint8)
+    target = np.zeros(sum(sizes), dtype=np.uint8)
+    sent = table(source, sizes, 3)
+    sender = run(lambda: vectored.send_all(one.fileno(), sent))
+    assert vectored.recv_all(two.fileno(), table(target, sizes[::-1], 0)) == sum(sizes)
+    sender.join()
+    want = np.concatenate([source[int(p) - source.ctypes.data :][: int(n)] for p, n in sent])
+    np.testing.assert_array_equal(target, want)
+
+
+def test_discarded_bytes_are_gone_and_the_rest_is_there(tcp: tuple[socket.socket, socket.socket]) -> None:
+    one, two = tcp
+    sender = run(lambda: one.sendall(bytes(5_000_000) + b"after"))
+    assert vectored.discard(two.fileno(), 5_000_000) == 5_000_000
+    assert two.recv(5, socket.MSG_WAITALL) == b"after"
+    assert vectored.discard(two.fileno(), 0) == 0
+    sender.join()
+
+
+def test_an_end_in_the_middle_is_a_lost_peer(tcp: tuple[socket.socket, socket.socket]) -> None:
+    one, two = tcp
+    memory = np.zeros(100, dtype=np.uint8)
+    one.sendall(bytes(60))
+    one.close()
+    with pytest.raises(PeerLost, match="after 60 of 100 bytes"):
+        vectored.recv_all(two.fileno(), table(memory, [50, 50], 0))
+    with pytest.raises(PeerLost, match="after 0 of 10 bytes"):
+        vectored.discard(two.fileno(), 10)
+
+
+def test_sending_to_nobody_is_a_lost_peer_and_no_signal(tcp: tuple[socket.socket, socket.socket]) -> None:
+    one, two = tcp
+    two.close()
+    memory = np.zeros(8 << 20, dtype=np.uint8)
+    with pytest.raises(PeerLost, match="sendmsg: E") as caught:
+        vectored.send_all(one.fileno(), table(memory, [8 << 20], 0))
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("call", [vectored.recv_all, vectored.send_all])
+def test_a_blocked_call_ends_when_the_socket_is_shut_down(
+    tcp: tuple[socket.socket, socket.socket], call: Callable[[int, NDArray[np.uint64]], int]
+) -> None:
+    one, _two = tcp
+    memory = np.zeros(64 << 20, dtype=np.uint8)
+    errors: list[PeerLost] = []
+
+    def blocked() -> None:
+        try:
+            call(one.fileno(), table(memory, [64 << 20], 0))
+        except PeerLost as exc:
+            errors.append(exc)
+
+    thread = run(blocked)
+    one.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(errors) == 1
+
+
+def test_memory_that_is_not_there_is_no_crash(tcp: tuple[socket.socket, socket.socket]) -> None:
+    one, two = tcp
+    hole = np.array([[4096, 100]], dtype=np.uint64)
+    with pytest.raises(MoveFailed, match="EFAULT"):
+        vectored.send_all(one.fileno(), hole)
+    one.sendall(bytes(100))
+    with pytest.raises(MoveFailed, match="EFAULT"):
+        vectored.recv_all(two.fileno(), hole)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=10), st.data())
+def test_split_keeps_every_byte_in_order(sizes: list[int], data: st.DataObject) -> None:
+    memory = np.zeros(1000, dtype=np.uint8)
+    iov = table(memory, sizes, 5)
+    before = iov.copy()
+    at = data.draw(st.integers(0, sum(sizes)))
+    head, rest = vectored.split(iov, at)
+
+    def places(part: NDArray[np.uint64]) -> list[int]:
+        return [int(start) + i for start, nbytes in part for i in range(int(nbytes))]
+
+    assert len(places(head)) == at
+    assert places(head) + places(rest) == places(iov)
+    assert head[:, 1].all()
+    assert rest[:, 1].all()
+    np.testing.assert_array_equal(iov, before)
