@@ -24,7 +24,7 @@ KIB, MIB = SIZE_UNITS["KiB"], SIZE_UNITS["MiB"]
 LIVE = "live"
 """Marks a key that SIGHUP changes in the running daemon; any other waits for a restart."""
 
-Count = Annotated[int, Field(ge=1, le=1 << 32)]
+Count = Annotated[int, Field(strict=True, ge=1, le=1 << 32)]  # strict: neither true nor "5" is a count
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}$")]
 LogLevel = Literal["debug", "info", "warning", "error"]
 BackendSections: TypeAlias = dict[str, dict[str, Any]]  # raw until the registry gives each to its backend
@@ -48,7 +48,7 @@ class SessionsConfig(Options):
     """Who may attach. No ``allowed_uids`` means the daemon's own uid and root."""
 
     socket: str = ""
-    allowed_uids: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 32)], ...], LIVE] = ()
+    allowed_uids: Annotated[tuple[Annotated[int, Field(strict=True, ge=0, lt=1 << 32)], ...], LIVE] = ()
     max_sessions: Annotated[Count, LIVE] = 256
     rest_ttl: Annotated[Seconds, Field(gt=0), LIVE] = 60.0
 
@@ -79,7 +79,7 @@ class PoolConfig(Options):
     name: Name = "host"
     kind: Literal["DRAM"] = "DRAM"
     nbytes: Annotated[Nbytes, Field(ge=4096)] = 256 * MIB
-    huge_pages: bool = False
+    huge_pages: Annotated[bool, Field(strict=True)] = False
 
 
 class FilesConfig(Options):

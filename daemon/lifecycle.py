@@ -35,6 +35,9 @@ EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 WITHDRAW_TIMEOUT_S = 5.0
 """What telling the others may take; they notice by themselves when we are gone."""
 
+RELOAD_TIMEOUT_S = 10.0
+"""What taking over a tree may take; a stop that comes meanwhile waits for it."""
+
 STRAY_GRACE_S = 2.0
 """What a cancelled task may take to end before it is named and given up."""
 
@@ -156,7 +159,8 @@ class Lifecycle:
         try:
             new = self._source.load()
             merged = merge_live(self.config, new)
-            not_taken = await service.reload(merged)
+            async with asyncio.timeout(RELOAD_TIMEOUT_S):
+                not_taken = await service.reload(merged)
             changes = diff(self.config, new)
             logs.set_level(merged.log.level)
             self.config = merged

@@ -142,7 +142,7 @@ def set_level(level: str) -> str:
     previous = level_in_force()
     logging.getLogger().setLevel(LEVELS[level])
     for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.NOTSET if level == "debug" else logging.WARNING)
+        logging.getLogger(name).setLevel(logging.NOTSET if level == "debug" else max(LEVELS[level], logging.WARNING))
     return previous
 
 

@@ -5,8 +5,7 @@ few gathers and no Python loop. The table is used from the event loop and from l
 what is done under it is proportional to slots, never to rows.
 
 Not here: the arithmetic of lists (``resolving.py``); opening, mapping and closing of memory (``backing.py``,
-``pool.py``, ``files.py``). Backings of removed
-regions are handed to the caller, who closes them outside the lock.
+``pool.py``, ``files.py``). Backings of removed regions are handed to the caller, who closes them outside the lock.
 
 Order of a session's end: ``retire`` (no new holds), cancel what ``holders_of`` names, ``wait_idle``,
 ``remove_retired``, close the backings.
@@ -159,6 +158,8 @@ class RegionTable:
             InvalidArgument: a region of 0 bytes, or one that passes the end of what can be addressed.
             Closed: the session is being ended, or has.
         """
+        if not backings:
+            return ()
         for backing, nbytes in backings:
             _check_span(backing, nbytes)
         since = self._clock()

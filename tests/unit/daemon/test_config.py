@@ -1,5 +1,6 @@
 """One tree from four sources; whatever is wrong is said with its key, its source and the nearest known key."""
 
+import contextlib
 import re
 import tomllib
 from pathlib import Path
@@ -213,10 +214,8 @@ def test_the_tree_is_frozen():
 @given(st.text(max_size=30), st.text(alphabet="XFERD_LOGPOSNTIVE", max_size=20), st.text(max_size=20))
 def test_any_flag_or_variable_is_taken_or_refused(flag, variable, value):
     for environ, overrides in (({f"XFERD_{variable}": value}, ()), ({}, (flag,)), ({}, (f"log.level={value}",))):
-        try:
-            load_config(None, environ, overrides)
-        except ConfigError as exc:
-            assert str(exc)
+        with contextlib.suppress(ConfigError):
+            assert load_config(None, environ, overrides).pools
 
 
 # ------------------------------------------------------------------------------------------- resolved defaults
@@ -245,7 +244,7 @@ def test_addresses(text, address):
     assert split_address(text) == address
 
 
-@pytest.mark.parametrize("text", ["", "80", "a:", "a:b", "::1:80", "a:-1", "a:١", "a b:1", "a:65536"])
+@pytest.mark.parametrize("text", ["", "80", "a:", "a:b", "::1:80", "a:-1", "a:\u0661", "a b:1", "a:65536"])
 def test_no_addresses(text):
     with pytest.raises(ConfigError):
         split_address(text)

@@ -1,0 +1,150 @@
+"""Mover threads are bounded and named, and a cancelled call never outlives its cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from xferd.api.errors import Closed
+from xferd.plugins.base import BackendStatistics
+from xferd.plugins.movers import MoveCounter, MoverPool
+
+
+class Gate:
+    """A blocking call that says when it has begun, and ends when it is let."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.begun = asyncio.Event()
+        self.may_end = threading.Event()
+        self.ended = False
+
+    def __call__(self) -> str:
+        self._loop.call_soon_threadsafe(self.begun.set)
+        assert self.may_end.wait(60)
+        self.ended = True
+        return threading.current_thread().name
+
+
+async def test_runs_in_a_named_thread_and_returns_the_result():
+    pool = MoverPool("test", 2)
+    name = await pool.run(lambda: threading.current_thread().name)
+    assert name.startswith("xferd-test_")
+    assert await pool.run(divmod, 7, 4) == (1, 3)
+    assert await pool.run(sorted, [1, 2], reverse=True) == [2, 1]
+    with pytest.raises(ZeroDivisionError):
+        await pool.run(divmod, 1, 0)
+    await pool.aclose()
+
+
+async def test_no_more_threads_than_said():
+    pool = MoverPool("test", 2)
+    gates = [Gate() for _ in range(3)]
+    calls = [asyncio.create_task(pool.run(gate)) for gate in gates]
+    await gates[0].begun.wait()
+    await gates[1].begun.wait()
+    assert "3 calls, 2 threads" in repr(pool)
+    assert not gates[2].begun.is_set()
+    gates[0].may_end.set()
+    await gates[2].begun.wait()
+    for gate in gates:
+        gate.may_end.set()
+    assert len(set(await asyncio.gather(*calls))) == 2
+    await pool.aclose()
+
+
+async def test_cancel_waits_for_the_running_call_however_often():
+    pool, gate = MoverPool("test", 1), Gate()
+    call = asyncio.create_task(pool.run(gate))
+    await gate.begun.wait()
+    for _ in range(3):
+        call.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not call.done()
+    gate.may_end.set()
+    await asyncio.wait((call,))
+    assert call.cancelled()
+    assert gate.ended
+    await pool.aclose()
+
+
+async def test_cancelled_call_that_fails_is_still_cancelled():
+    pool, gate = MoverPool("test", 1), Gate()
+
+    def fail() -> None:
+        gate()
+        raise ValueError("late")
+
+    call = asyncio.create_task(pool.run(fail))
+    await gate.begun.wait()
+    call.cancel()
+    gate.may_end.set()
+    await asyncio.wait((call,))
+    assert call.cancelled()
+    await pool.aclose()
+
+
+async def test_call_cancelled_in_the_queue_never_begins():
+    pool, first, second = MoverPool("test", 1), Gate(), Gate()
+    running = asyncio.create_task(pool.run(first))
+    await first.begun.wait()
+    waiting = asyncio.create_task(pool.run(second))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    assert waiting.cancelled()
+    first.may_end.set()
+    await running
+    await pool.aclose()
+    assert not second.begun.is_set()
+
+
+async def test_close_waits_refuses_and_ends_the_threads():
+    before = set(threading.enumerate())
+    pool, gate = MoverPool("test", 3), Gate()
+    call = asyncio.create_task(pool.run(gate))
+    await gate.begun.wait()
+    closing = asyncio.create_task(pool.aclose())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    with pytest.raises(Closed):
+        await pool.run(int)
+    gate.may_end.set()
+    await closing
+    assert call.done()
+    await pool.aclose()
+    assert set(threading.enumerate()) == before
+    assert "closed" in repr(pool)
+
+
+async def test_cancelled_close_drops_what_waits():
+    pool, first, second = MoverPool("test", 1), Gate(), Gate()
+    running = asyncio.create_task(pool.run(first))
+    await first.begun.wait()
+    waiting = asyncio.create_task(pool.run(second))
+    closing = asyncio.create_task(pool.aclose())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait((closing,))
+    assert closing.cancelled()
+    first.may_end.set()
+    assert (await running).startswith("xferd-test")
+    await asyncio.wait((waiting,))
+    assert waiting.cancelled()
+    assert not second.begun.is_set()
+    await pool.aclose()
+
+
+def test_counter_tells_moved_failed_and_cancelled_apart():
+    counter = MoveCounter()
+    with counter.moving(10):
+        assert counter.snapshot(2) == BackendStatistics(0, 0, 0, 1, 2)
+    with pytest.raises(ValueError, match="x"), counter.moving(10):
+        raise ValueError("x")
+    with pytest.raises(asyncio.CancelledError), counter.moving(10):
+        raise asyncio.CancelledError
+    assert counter.snapshot(2) == BackendStatistics(10, 1, 1, 0, 2)
