@@ -5,6 +5,7 @@ Both clients build their calls here and differ only in how they wait for them. S
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -14,14 +15,14 @@ from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.api.proto import xferd_v1_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import grpc
     from google.protobuf.message import Message
 
     from xferd.api.descriptors import DescriptorList
 
-R = TypeVar("R")
+R = TypeVar("R", covariant=True)
 
 WAIT_SLICE_S = 30.0
 """One round of an unbounded wait: long enough to cost nothing, short enough that a lost daemon is noticed."""
@@ -36,6 +37,20 @@ class Call(Generic[R]):
     parse: Callable[[Any], R]
     wait_s: float = 0.0
     is_admin: bool = False
+
+
+def wait_slices(timeout_s: float | None) -> Iterator[float]:
+    """Yield how long each call of a wait may take, until the whole of ``timeout_s`` is used up; None: for ever."""
+    if timeout_s is None:
+        while True:
+            yield WAIT_SLICE_S
+    deadline = time.monotonic() + timeout_s
+    left = timeout_s
+    while True:
+        yield min(max(left, 0.0), WAIT_SLICE_S)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
 
 
 class Methods:

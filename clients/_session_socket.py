@@ -2,11 +2,12 @@
 
 The exchange is described in docs/session-socket.md. Requests are made one at a time, so that a reply needs no
 table of waiters; whoever waits in vain leaves a late reply behind, which is dropped with its file descriptors.
+The end that lives on an event loop is in ``_aio_session_socket.py``.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import ctypes
 import errno
 import os
@@ -16,12 +17,27 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from google.protobuf.message import DecodeError
 
 from xferd.api import wire
 from xferd.api.errors import DeadlineExceeded, PermissionDenied, ProtocolViolation, Unavailable, XferdError
-from xferd.api.proto.session_v1_pb2 import Hello, SessionSocketReply, SessionSocketRequest
+from xferd.api.proto.session_v1_pb2 import (
+    Hello,
+    MapPool,
+    RegisterFd,
+    RegisterMemfd,
+    SessionSocketReply,
+    SessionSocketRequest,
+)
+from xferd.clients.memory import ByteArray, map_shared
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from xferd.api.proto import xferd_v1_pb2 as pb
+    from xferd.api.types import Access
 
 ENVIRONMENT = "XFERD_SOCKET"
 PROTOCOL_VERSION = 1
@@ -63,6 +79,46 @@ def find_place(path: str | Path | None) -> Place:
 def hello(agent: str) -> SessionSocketRequest:
     """Return the first message."""
     return SessionSocketRequest(hello=Hello(version=PROTOCOL_VERSION, agent=agent))
+
+
+def map_pool(pool: str) -> SessionSocketRequest:
+    """Return the request for a pool's memfd."""
+    return SessionSocketRequest(map_pool=MapPool(pool=pool))
+
+
+def memfd_request(nbytes: int, access: Access, label: str) -> SessionSocketRequest:
+    """Return the request that goes with a memfd."""
+    message = RegisterMemfd(nbytes=nbytes, access=_access(access), label=label)
+    return SessionSocketRequest(register_memfd=message)
+
+
+def fd_request(nbytes: int, writable: bool, access: Access, label: str) -> SessionSocketRequest:
+    """Return the request that goes with an open file."""
+    message = RegisterFd(nbytes=nbytes, writable=writable, access=_access(access), label=label)
+    return SessionSocketRequest(register_fd=message)
+
+
+def _access(access: Access) -> pb.Access.ValueType:
+    return cast("pb.Access.ValueType", wire.enum_to_wire(access))
+
+
+def mapped_pool(reply: SessionSocketReply, fds: list[int]) -> ByteArray:
+    """Map the pool that an answer brought, and close its fds: the mapping keeps the memory."""
+    try:
+        if len(fds) != 1:
+            raise ProtocolViolation(f"a pool came with {len(fds)} file descriptors", limit="exactly 1")
+        return map_shared(fds[0], reply.pool.nbytes)
+    finally:
+        close_all(fds)
+
+
+@contextlib.contextmanager
+def owned(fd: int) -> Iterator[int]:
+    """Close a file descriptor in the end."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def open_socket(place: Place, timeout_s: float) -> socket.socket:
@@ -168,7 +224,7 @@ def answer_of(reply: SessionSocketReply, fds: list[int]) -> tuple[SessionSocketR
     return reply, fds
 
 
-def _send(sock: socket.socket, request: SessionSocketRequest, fd: int) -> None:
+def send(sock: socket.socket, request: SessionSocketRequest, fd: int) -> None:
     data = request.SerializeToString()
     try:
         if fd < 0:
@@ -187,7 +243,7 @@ class SessionSocket:
         self._inbox = Inbox(open_socket(place, timeout_s))
         self._lock = threading.Lock()
         self._number = 0
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
 
     def exchange(self, request: SessionSocketRequest, fd: int = -1) -> tuple[SessionSocketReply, list[int]]:
         """Send a request (``fd`` stays the caller's) and return its answer with its fds (the caller's from here on).
@@ -200,11 +256,11 @@ class SessionSocket:
             self._inbox.check_end()
             self._number += 1
             request.request_id = self._number
-            deadline = time.monotonic() + self._timeout_s
+            deadline = time.monotonic() + self.timeout_s
             sock = self._inbox.sock
             try:
-                sock.settimeout(self._timeout_s)
-                _send(sock, request, fd)
+                sock.settimeout(self.timeout_s)
+                send(sock, request, fd)
                 while True:
                     sock.settimeout(max(deadline - time.monotonic(), 1e-3))
                     answer = self._inbox.take()
@@ -215,7 +271,7 @@ class SessionSocket:
                         close_all(answer[1])
             except TimeoutError as exc:
                 raise DeadlineExceeded(
-                    "the daemon did not answer on the session socket", limit=f"{self._timeout_s:g} s"
+                    "the daemon did not answer on the session socket", limit=f"{self.timeout_s:g} s"
                 ) from exc
 
     def end_reason(self) -> str:
@@ -242,110 +298,3 @@ class SessionSocket:
                     sock.settimeout(max(deadline - time.monotonic(), 1e-3))
             except OSError:  # too slow, or gone already: the daemon notices the closed socket in any case
                 pass
-
-
-class AsyncSessionSocket:
-    """Exchanges on the running loop, which also hears the daemon's events as they come. Cancel-safe."""
-
-    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
-        """Take over a connected socket."""
-        sock.setblocking(False)
-        self._inbox = Inbox(sock)
-        self._lock = asyncio.Lock()
-        self._number = 0
-        self._timeout_s = timeout_s
-        self._waiter: asyncio.Future[tuple[SessionSocketReply, list[int]]] | None = None
-        self._ended = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(sock.fileno(), self._on_readable)
-
-    async def exchange(self, request: SessionSocketRequest, fd: int = -1) -> tuple[SessionSocketReply, list[int]]:
-        """As ``SessionSocket.exchange``. A cancelled exchange may have had its effect; its answer is dropped."""
-        async with self._lock:
-            self._inbox.check_end()
-            self._number += 1
-            request.request_id = self._number
-            self._waiter = waiter = self._loop.create_future()
-            answer = None
-            try:
-                # One small packet is under way at a time, so there is always room for it.
-                _send(self._inbox.sock, request, fd)
-                async with asyncio.timeout(self._timeout_s):
-                    answer = await waiter
-            except TimeoutError as exc:
-                raise DeadlineExceeded(
-                    "the daemon did not answer on the session socket", limit=f"{self._timeout_s:g} s"
-                ) from exc
-            finally:
-                self._waiter = None
-                if answer is None:
-                    _forfeit(waiter)
-            return answer_of(*answer)
-
-    def end_reason(self) -> str:
-        """Return why the daemon ended the session, "" while it has not said so."""
-        return self._inbox.end_reason
-
-    async def close(self, linger_s: float) -> None:
-        """As ``SessionSocket.close``; when cancelled it closes at once."""
-        sock = self._inbox.sock
-        try:
-            if not self._ended.is_set():
-                sock.shutdown(socket.SHUT_WR)
-                async with asyncio.timeout(linger_s):
-                    await self._ended.wait()
-        except (OSError, TimeoutError):  # as in SessionSocket.close
-            pass
-        finally:
-            self._stop_reading()
-            sock.close()
-
-    def abort(self) -> None:
-        """Close at once; the daemon ends the session on its own."""
-        self._stop_reading()
-        self._inbox.sock.close()
-
-    def _stop_reading(self) -> None:
-        if self._inbox.sock.fileno() >= 0:
-            self._loop.remove_reader(self._inbox.sock.fileno())
-
-    def _on_readable(self) -> None:
-        try:
-            answer = self._inbox.take()
-        except BlockingIOError:
-            return
-        except XferdError as exc:
-            self._fail(exc)
-            return
-        if answer is None:
-            if self._inbox.end_reason:
-                self._fail(ended(self._inbox.end_reason))
-            if self._inbox.end_reason and not _has_more(self._inbox.sock):
-                self._stop_reading()
-                self._ended.set()
-            return
-        waiter = self._waiter
-        if waiter is None or waiter.done() or answer[0].request_id != self._number:
-            close_all(answer[1])
-            return
-        waiter.set_result(answer)
-
-    def _fail(self, error: XferdError) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(error)
-
-
-def _forfeit(waiter: asyncio.Future[tuple[SessionSocketReply, list[int]]]) -> None:
-    """Close the fds of an answer that came just when its exchange was cancelled."""
-    if not waiter.cancel() and not waiter.cancelled() and waiter.exception() is None:
-        close_all(waiter.result()[1])
-
-
-def _has_more(sock: socket.socket) -> bool:
-    """Say whether more than the end is to come: after `closing` the daemon still releases, then closes."""
-    try:
-        return bool(sock.recv(1, socket.MSG_PEEK))
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False

@@ -181,15 +181,20 @@ class RegionBase:
         if self._is_freed:
             raise Closed(f"region {self.id} was freed")
 
+    def _mapped(self) -> ByteArray | None:
+        """Return the region's bytes where this process has them; a subclass may map them now."""
+        return self._memory
+
     def _bytes(self) -> ByteArray:
         self._check_live()
-        if self._memory is None:
+        memory = self._mapped()
+        if memory is None:
             raise Unsupported(
                 f"region {self.id} ({self.info.source.value} on {self.info.node}) cannot be mapped here",
                 limit="regions of this node's pools and of this client's memory, in a session over the session socket",
                 remedy="use read() and write(), or transfer it into a region that can be mapped",
             )
-        return self._memory
+        return memory
 
     def _span(self, offset: int, nbytes: int | None) -> tuple[int, int]:
         """Return a checked (offset, nbytes); None reaches to the end."""
@@ -205,16 +210,25 @@ class RegionBase:
 
     def _copy_out(self, offset: int, nbytes: int) -> bytes | None:
         """Return bytes where the region is mapped, else None."""
-        return None if self._memory is None else self._memory[offset : offset + nbytes].tobytes()
+        memory = self._mapped()
+        return None if memory is None else memory[offset : offset + nbytes].tobytes()
 
     def _copy_in(self, offset: int, data: ByteArray) -> bool:
         """Write bytes where the region is mapped; False where it is not."""
-        if self._memory is None:
+        memory = self._mapped()
+        if memory is None:
             return False
-        if not self._memory.flags.writeable:
-            raise PermissionDenied(f"region {self.id} may not be written", limit=f"access {self.info.access}")
-        self._memory[offset : offset + len(data)] = data
+        if not memory.flags.writeable:
+            raise PermissionDenied(
+                f"region {self.id} may not be written", limit=f"access {self.info.access.name}", remedy="ask its owner"
+            )
+        memory[offset : offset + len(data)] = data
         return True
+
+    def _forget(self) -> None:
+        """Note that the region is freed."""
+        self._is_freed = True
+        self._memory = None
 
 
 def pool_view(info: RegionInfo, pool: ByteArray, agent: str) -> ByteArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -87,20 +87,31 @@ def as_list(spec: ListLike) -> DescriptorList | PreparedRef:
     return spec
 
 
+class TransferOptions(TypedDict, total=False):
+    """Keyword arguments of everything that makes a transfer, or asks about one.
+
+    Attributes:
+        key: idempotency key; the same key twice in a session gives the same transfer.
+        timeout_s: deadline of the transfer, from posting; 0.0, the default, takes the daemon's.
+        priority: class for the daemon's scheduler.
+        notification: delivered to its target after the last byte.
+        backend: pins the backend that moves; "" lets the planner choose.
+        cause_id: stands in the logs of both nodes; "" lets the daemon make one.
+    """
+
+    key: str
+    timeout_s: float
+    priority: Priority
+    notification: NotificationLike | None
+    backend: str
+    cause_id: str
+
+
 def transfer_request(
-    op: TransferOp | str,
-    local: ListLike,
-    remote: ListLike,
-    *,
-    key: str = "",
-    timeout_s: float = 0.0,
-    priority: Priority = Priority.NORMAL,
-    notification: NotificationLike | None = None,
-    backend: str = "",
-    cause_id: str = "",
-    hold: bool = False,
+    op: TransferOp | str, local: ListLike, remote: ListLike, options: TransferOptions, *, hold: bool = False
 ) -> TransferRequest:
     """Build a request from what users have at hand."""
+    notification = options.get("notification")
     if isinstance(notification, tuple):
         target, payload = notification
         notification = Notification(target, bytes(payload))
@@ -108,12 +119,12 @@ def transfer_request(
         op=_op_of(op),
         local=as_list(local),
         remote=as_list(remote),
-        key=key,
-        timeout_s=timeout_s,
-        priority=priority,
-        cause_id=cause_id,
+        key=options.get("key", ""),
+        timeout_s=options.get("timeout_s", 0.0),
+        priority=options.get("priority", Priority.NORMAL),
+        cause_id=options.get("cause_id", ""),
         notification=notification,
-        backend=backend,
+        backend=options.get("backend", ""),
         hold=hold,
     )
 
@@ -192,6 +203,12 @@ def id_of(transfer: TransferLike) -> TransferId:
 def ids_of(transfers: Iterable[TransferLike]) -> list[TransferId]:
     """Return the ids, in order."""
     return [id_of(transfer) for transfer in transfers]
+
+
+def are_over(statuses: list[TransferStatus], *, any_of: bool) -> bool:
+    """Say whether all, or any, have ended; none at all is over."""
+    ended = [status.state in ENDED for status in statuses]
+    return not ended or (any(ended) if any_of else all(ended))
 
 
 def tell(transfers: Iterable[TransferLike], statuses: Iterable[TransferStatus]) -> None:

@@ -80,6 +80,8 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
     @answers
     async def SetLogLevel(self, request: pb.SetLogLevelRequest, context: Context) -> pb.SetLogLevelResponse:
         self._authenticate(context)
+        if not request.level:  # a question
+            return pb.SetLogLevelResponse(previous=self._engine.log_level())
         return pb.SetLogLevelResponse(previous=self._engine.set_log_level(request.level))
 
     def _authenticate(self, context: Context) -> t.Caller:

@@ -222,7 +222,7 @@ def open_memfd(fd: int, nbytes: int = 0) -> MemfdBacking:
     try:
         mapping = Mapping(fd, wanted)
     except PermissionError:  # opened read-only, or sealed against writing
-        mapping = Mapping(fd, wanted, writable=False)
+        mapping = _mapped_read_only(fd, wanted)
     return MemfdBacking(mapping)
 
 
@@ -282,6 +282,17 @@ def open_private(process: ClientProcess, address: int, nbytes: int) -> PrivateBa
     for at in (address, address + nbytes - 1):
         _probe(process, at, nbytes)
     return PrivateBacking(process.pid, process.pidfd, address)
+
+
+def _mapped_read_only(fd: int, nbytes: int) -> Mapping:
+    try:
+        return Mapping(fd, nbytes, writable=False)
+    except PermissionError as exc:  # Linux before 6.7 refuses any shared mapping under F_SEAL_WRITE
+        raise InvalidArgument(
+            "the memfd cannot be mapped, not even for reading",
+            limit="no F_SEAL_WRITE on this kernel",
+            remedy="seal it with F_SEAL_FUTURE_WRITE instead",
+        ) from exc
 
 
 def _checked_size(nbytes: int, size: int, what: str, remedy: str) -> int:

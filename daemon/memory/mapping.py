@@ -34,7 +34,7 @@ class Mapping:
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool = True) -> None:
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=prot)
+        self._map: mmap.mmap | None = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=prot)
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
         self.address = int(self._bytes.ctypes.data)
         self.nbytes = nbytes
@@ -52,6 +52,7 @@ class Mapping:
 
     def close(self) -> None:
         """Unmap, now or when the last view goes. Twice is fine."""
-        self._bytes = None
-        with contextlib.suppress(BufferError):  # views exist: the last one unmaps
-            self._map.close()
+        mapped, self._map, self._bytes = self._map, None, None
+        if mapped is not None:
+            with contextlib.suppress(BufferError):  # views exist: they keep it, and the last one unmaps
+                mapped.close()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import structlog
 
-from xferd.api.errors import DeadlineExceeded, LimitExceeded, PeerLost, Stale, XferdError
+from xferd.api.errors import LimitExceeded, PeerLost, Stale, XferdError
 from xferd.api.proto import peer_v1_pb2 as pb
 from xferd.api.proto import xferd_v1_pb2 as xferd_pb
 from xferd.plugins.base import Backend, BackendStatistics, Extent, RemoteSpace, SpaceKind
@@ -150,7 +150,7 @@ class TcpBackend(TcpTransport, Backend):
             await control.request(request, self._options.quiesce_timeout)
         except PeerLost:
             pass  # it serves nothing of a node whose lanes have gone
-        except (DeadlineExceeded, XferdError) as exc:
+        except XferdError as exc:
             log.warning(
                 "peer does not confirm that a transfer rests",
                 peer=peer.identity.node,

@@ -23,6 +23,7 @@ from xferd.api.errors import (
     InvalidState,
     Overloaded,
     PeerLost,
+    Unauthenticated,
     XferdError,
 )
 from xferd.api.proto import peer_v1_pb2 as pb
@@ -310,7 +311,10 @@ class TcpTransport(PeerTransport):
 
     async def _turn_away(self, sock: socket.socket, error: XferdError) -> None:
         self.refusals[error.code] += 1
-        log.info("caller refused", error=str(error), code=error.code)
+        # A wrong secret needs an operator; rubbish comes from every port scanner.
+        (log.warning if isinstance(error, Unauthenticated) else log.debug)(
+            "caller refused", error=str(error), code=error.code
+        )
         await sockets.refuse(sock, error)
 
     async def _shake_hands(self, sock: socket.socket) -> None:

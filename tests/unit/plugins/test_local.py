@@ -59,6 +59,7 @@ async def test_slots_are_the_movers(backend):
 
 
 async def test_private_address_that_is_not_mapped_fails(backend, process):
+    memory = MappedArena(64)
     hole = Extent(process.space, np.array([[4096, 64]], dtype=np.uint64))
     with pytest.raises(MoveFailed, match="EFAULT"):
-        await backend.move(chunk(hole, MappedArena(64).extent([(0, 64)])))
+        await backend.move(chunk(hole, memory.extent([(0, 64)])))

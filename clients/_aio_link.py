@@ -1,0 +1,323 @@
+"""How the async client is attached: connecting, calling, mapping, closing. What it offers is in ``aio.py``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+import grpc
+
+from xferd.api import types as t
+from xferd.api import wire
+from xferd.api.errors import ShortTransfer, Unavailable, Unsupported
+from xferd.api.proto import xferd_v1_pb2 as pb
+from xferd.clients import _calls as calls
+from xferd.clients._aio_session_socket import AsyncSessionSocket
+from xferd.clients._base import (
+    CALL_TIMEOUT_S,
+    CLOSE_LINGER_S,
+    CONNECT_TIMEOUT_S,
+    ClientBase,
+    needs_socket,
+    opened,
+    write_requests,
+)
+from xferd.clients._calls import Call, Methods, bearer, channel_options, wait_slices
+from xferd.clients._errors import error_of
+from xferd.clients._session_socket import close_all, find_place, hello, map_pool, mapped_pool, open_socket
+from xferd.clients.memory import ByteArray, is_mappable
+from xferd.clients.transfers import are_over
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+    from pathlib import Path
+
+    from xferd.api.proto.session_v1_pb2 import SessionSocketRequest
+
+R = TypeVar("R")
+C = TypeVar("C", bound="AsyncLink")
+
+
+class AsyncLink(ClientBase):
+    """A session with its channel, and the socket or the stream that keeps it. Owns all three."""
+
+    def __init__(
+        self,
+        grant: t.SessionGrant,
+        channel: grpc.aio.Channel,
+        target: str,
+        *,
+        socket: AsyncSessionSocket | None = None,
+        stream: Any = None,  # grpcio has no types
+        admin_token: str = "",
+        call_timeout_s: float = CALL_TIMEOUT_S,
+    ) -> None:
+        """Take over a session: its channel, and the socket or the stream that keeps it."""
+        super().__init__(grant, target, admin_token=admin_token, call_timeout_s=call_timeout_s)
+        self._channel = channel
+        self._methods = Methods(channel)
+        self._socket = socket
+        self._session_stream = stream
+        self._map_lock = asyncio.Lock()
+
+    @classmethod
+    def connect(
+        cls,
+        path: str | Path | None = None,
+        agent: str = "",
+        *,
+        admin_token: str = "",
+        timeout_s: float = CONNECT_TIMEOUT_S,
+        call_timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Connecting[Self]:
+        """Attach over the session socket: ``await`` it, or enter it with ``async with``.
+
+        Args:
+            path: of the socket; None takes $XFERD_SOCKET, else that of the default run directory.
+            agent: this client's name on the node; "" lets the daemon choose.
+            admin_token: for ``admin``, where the daemon has one.
+            timeout_s: for connecting.
+            call_timeout_s: for each call, beyond what it waits for on purpose.
+
+        Raises:
+            Unavailable: no daemon answers there.
+            AlreadyExists: the agent has a live session.
+            PermissionDenied: this user may not attach.
+        """
+
+        async def attach() -> Self:
+            # A Unix socket connects at once or, when the daemon's backlog is full, not at all.
+            socket = AsyncSessionSocket(open_socket(find_place(path), 0.0), timeout_s)
+            try:
+                reply, fds = await socket.exchange(hello(agent))
+                close_all(fds)
+                grant = wire.grant_from_message(reply.grant)
+                options = channel_options(grant.limits.max_message_nbytes)
+                channel = grpc.aio.insecure_channel(grant.grpc_target, options=options)
+            except BaseException:
+                socket.abort()
+                raise
+            socket.timeout_s = call_timeout_s
+            return cls(
+                grant,
+                channel,
+                grant.grpc_target,
+                socket=socket,
+                admin_token=admin_token,
+                call_timeout_s=call_timeout_s,
+            )
+
+        return Connecting(attach)
+
+    @classmethod
+    def connect_grpc(
+        cls,
+        target: str,
+        agent: str = "",
+        *,
+        token: str = "",
+        admin_token: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float = CONNECT_TIMEOUT_S,
+        call_timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Connecting[Self]:
+        """Attach over gRPC alone, for example from another host: no mapping, no private memory, no passed fds.
+
+        Args:
+            target: of gRPC, "host:port" or "unix:/path".
+            agent: as in ``connect``.
+            token: of the daemon, which it asks for over TCP.
+            admin_token: as in ``connect``.
+            credentials: for TLS.
+            timeout_s: for connecting.
+            call_timeout_s: as in ``connect``.
+        """
+
+        async def attach() -> Self:
+            options = channel_options()
+            channel = (
+                grpc.aio.secure_channel(target, credentials, options=options)
+                if credentials
+                else grpc.aio.insecure_channel(target, options=options)
+            )
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await channel.channel_ready()
+                    request = pb.OpenSessionRequest(agent=agent)
+                    stream = Methods(channel)["SessionService.Open"](request, metadata=bearer(token))
+                    grant = wire.grant_from_message(opened(await stream.read()))
+            except TimeoutError as exc:
+                await channel.close()
+                raise Unavailable(
+                    f"no daemon answers at {target} within {timeout_s:g} s", remedy="start xferd"
+                ) from exc
+            except grpc.RpcError as exc:
+                await channel.close()
+                raise error_of(exc, target) from exc
+            except BaseException:
+                await channel.close()
+                raise
+            return cls(
+                grant, channel, target, stream=stream, admin_token=admin_token or token, call_timeout_s=call_timeout_s
+            )
+
+        return Connecting(attach)
+
+    async def aclose(self) -> None:
+        """End the session; returns when the daemon has released all it held, or after 10 s. Twice is fine."""
+        if self._is_closed:
+            return
+        try:
+            if self._session_stream is not None:
+                await self._close_stream()
+        finally:
+            self._is_closed = True
+            self._pools.clear()
+            self._kept.clear()
+            try:
+                await self._channel.close()
+            finally:
+                if self._socket is not None:
+                    await self._socket.close(CLOSE_LINGER_S)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # -- calling
+
+    async def _call(self, call: Call[R], /) -> R:
+        self._check_open()
+        try:
+            reply = await self._methods[call.method](
+                call.request, metadata=self._metadata(call), timeout=self._timeout_s(call)
+            )
+        except grpc.RpcError as exc:
+            raise self._error(exc, await self._end_reason()) from exc
+        except asyncio.CancelledError:
+            self._check_ours()
+            raise
+        return call.parse(reply)
+
+    async def _wait(
+        self, ids: Sequence[t.TransferId], timeout_s: float | None, *, any_of: bool
+    ) -> list[t.TransferStatus]:
+        statuses: list[t.TransferStatus] = []
+        for wait_s in wait_slices(timeout_s):
+            statuses = await self._call(calls.wait(ids, wait_s, any_of=any_of))
+            if are_over(statuses, any_of=any_of):
+                break
+        return statuses
+
+    async def _stream(self, method: str, request: object) -> AsyncGenerator[Any, None]:
+        """Yield the messages of a stream, which ends with the generator."""
+        self._check_open()
+        stream = self._methods[method](request, metadata=self._auth)
+        try:
+            async for message in stream:
+                yield message
+        except grpc.RpcError as exc:
+            raise self._error(exc, await self._end_reason()) from exc
+        except asyncio.CancelledError:
+            self._check_ours()
+            raise
+        finally:
+            stream.cancel()
+
+    async def _read_stream(self, region: t.RegionId, offset: int, nbytes: int) -> bytes:
+        request = pb.ReadRegionRequest(region=region, offset=offset, nbytes=nbytes)
+        pieces: list[bytes] = []
+        if nbytes:
+            async with contextlib.aclosing(self._stream("MemoryService.Read", request)) as messages:
+                pieces = [message.data async for message in messages]
+        data = b"".join(pieces)
+        if len(data) != nbytes:
+            raise ShortTransfer(f"region {region} gave {len(data)} bytes", limit=f"{nbytes} bytes asked for")
+        return data
+
+    async def _write_stream(self, region: t.RegionId, offset: int, data: ByteArray) -> int:
+        self._check_open()
+        try:
+            requests = write_requests(region, offset, data)
+            reply = await self._methods["MemoryService.Write"](requests, metadata=self._auth)
+        except grpc.RpcError as exc:
+            raise self._error(exc, await self._end_reason()) from exc
+        except asyncio.CancelledError:
+            self._check_ours()
+            raise
+        return int(reply.nbytes)
+
+    def _check_ours(self) -> None:
+        """Tell a closed channel, which cancels its calls, from a cancelled task: raise ``Closed`` for the former."""
+        task = asyncio.current_task()
+        if task is None or not task.cancelling():
+            self._check_open()
+
+    # -- the session socket
+
+    async def _pass_fd(self, request: SessionSocketRequest, fd: int) -> t.RegionInfo:
+        self._check_open()
+        if self._socket is None:
+            raise needs_socket()
+        reply, fds = await self._socket.exchange(request, fd)
+        close_all(fds)
+        return wire.region_from_message(reply.region)
+
+    async def _map(self, info: t.RegionInfo) -> None:
+        """Map a region's pool if that is possible and has not been done."""
+        if self._socket is None or not is_mappable(info, self.grant.node) or info.pool in self._pools:
+            return
+        async with self._map_lock:
+            if info.pool not in self._pools:
+                try:
+                    self._pools[info.pool] = mapped_pool(*await self._socket.exchange(map_pool(info.pool)))
+                except Unsupported:
+                    self._pools[info.pool] = None
+
+    # -- the end
+
+    async def _end_reason(self) -> str:
+        if self._socket is not None:
+            await asyncio.sleep(0)  # one turn of the loop, in which the socket's last event is heard
+            return self._socket.end_reason()
+        stream = self._session_stream
+        if stream is None or not stream.done():
+            return ""
+        try:
+            event = await stream.read()
+        except grpc.RpcError as exc:
+            return error_of(exc, self.target).message
+        return event.closing if isinstance(event, pb.SessionEvent) and event.closing else "its stream ended"
+
+    async def _close_stream(self) -> None:
+        """Ask for the end, which answers when all is released, and let the stream go."""
+        try:
+            await self._methods["SessionService.Close"](
+                pb.CloseSessionRequest(), metadata=self._auth, timeout=CLOSE_LINGER_S
+            )
+        except grpc.RpcError:
+            pass  # the daemon has gone, or has ended the session: what was wanted
+        finally:
+            self._session_stream.cancel()
+
+
+class Connecting(Generic[C]):
+    """A client about to be attached: ``await`` it, or enter it, which closes the client in the end."""
+
+    def __init__(self, attach: Callable[[], Coroutine[Any, Any, C]]) -> None:
+        self._attach = attach
+        self._client: C | None = None
+
+    def __await__(self) -> Generator[Any, None, C]:
+        return self._attach().__await__()
+
+    async def __aenter__(self) -> C:
+        self._client = await self._attach()
+        return self._client
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._client is not None:
+            await self._client.aclose()

@@ -1,0 +1,261 @@
+"""How the blocking client is attached: connecting, calling, mapping, closing. What it offers is in ``sync.py``."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import grpc
+
+from xferd.api import types as t
+from xferd.api import wire
+from xferd.api.errors import ShortTransfer, Unavailable, Unsupported
+from xferd.api.proto import xferd_v1_pb2 as pb
+from xferd.clients import _calls as calls
+from xferd.clients._base import (
+    CALL_TIMEOUT_S,
+    CLOSE_LINGER_S,
+    CONNECT_TIMEOUT_S,
+    ClientBase,
+    needs_socket,
+    opened,
+    write_requests,
+)
+from xferd.clients._calls import Call, Methods, bearer, channel_options, wait_slices
+from xferd.clients._errors import error_of
+from xferd.clients._session_socket import SessionSocket, close_all, find_place, hello, map_pool, mapped_pool
+from xferd.clients.memory import ByteArray, is_mappable
+from xferd.clients.transfers import are_over
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from xferd.api.proto.session_v1_pb2 import SessionSocketRequest
+
+R = TypeVar("R")
+
+
+class SyncLink(ClientBase):
+    """A session with its channel, and the socket or the stream that keeps it. Owns all three."""
+
+    def __init__(
+        self,
+        grant: t.SessionGrant,
+        channel: grpc.Channel,
+        target: str,
+        *,
+        socket: SessionSocket | None = None,
+        stream: Any = None,  # grpcio has no types
+        admin_token: str = "",
+        call_timeout_s: float = CALL_TIMEOUT_S,
+    ) -> None:
+        """Take over a session: its channel, and the socket or the stream that keeps it."""
+        super().__init__(grant, target, admin_token=admin_token, call_timeout_s=call_timeout_s)
+        self._channel = channel
+        self._methods = Methods(channel)
+        self._socket = socket
+        self._session_stream = stream
+        self._map_lock = threading.Lock()
+
+    @classmethod
+    def connect(
+        cls,
+        path: str | Path | None = None,
+        agent: str = "",
+        *,
+        admin_token: str = "",
+        timeout_s: float = CONNECT_TIMEOUT_S,
+        call_timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Self:
+        """Attach over the session socket.
+
+        Args:
+            path: of the socket; None takes $XFERD_SOCKET, else that of the default run directory.
+            agent: this client's name on the node; "" lets the daemon choose.
+            admin_token: for ``admin``, where the daemon has one.
+            timeout_s: for connecting.
+            call_timeout_s: for each call, beyond what it waits for on purpose.
+
+        Raises:
+            Unavailable: no daemon answers there.
+            AlreadyExists: the agent has a live session.
+            PermissionDenied: this user may not attach.
+        """
+        socket = SessionSocket(find_place(path), timeout_s)
+        try:
+            reply, fds = socket.exchange(hello(agent))
+            close_all(fds)
+            grant = wire.grant_from_message(reply.grant)
+            options = channel_options(grant.limits.max_message_nbytes)
+            channel = grpc.insecure_channel(grant.grpc_target, options=options)
+        except BaseException:
+            socket.close(0.0)
+            raise
+        socket.timeout_s = call_timeout_s
+        return cls(
+            grant,
+            channel,
+            grant.grpc_target,
+            socket=socket,
+            admin_token=admin_token,
+            call_timeout_s=call_timeout_s,
+        )
+
+    @classmethod
+    def connect_grpc(
+        cls,
+        target: str,
+        agent: str = "",
+        *,
+        token: str = "",
+        admin_token: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float = CONNECT_TIMEOUT_S,
+        call_timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Self:
+        """Attach over gRPC alone, for example from another host: no mapping, no private memory, no passed fds.
+
+        Args:
+            target: of gRPC, "host:port" or "unix:/path".
+            agent: as in ``connect``.
+            token: of the daemon, which it asks for over TCP.
+            admin_token: as in ``connect``.
+            credentials: for TLS.
+            timeout_s: for connecting.
+            call_timeout_s: as in ``connect``.
+        """
+        options = channel_options()
+        channel = (
+            grpc.secure_channel(target, credentials, options=options)
+            if credentials
+            else grpc.insecure_channel(target, options=options)
+        )
+        try:
+            grpc.channel_ready_future(channel).result(timeout=timeout_s)
+            request = pb.OpenSessionRequest(agent=agent)
+            stream = Methods(channel)["SessionService.Open"](request, metadata=bearer(token))
+            grant = wire.grant_from_message(opened(next(stream)))
+        except grpc.FutureTimeoutError as exc:
+            channel.close()
+            raise Unavailable(f"no daemon answers at {target} within {timeout_s:g} s", remedy="start xferd") from exc
+        except grpc.RpcError as exc:
+            channel.close()
+            raise error_of(exc, target) from exc
+        except BaseException:
+            channel.close()
+            raise
+        return cls(
+            grant, channel, target, stream=stream, admin_token=admin_token or token, call_timeout_s=call_timeout_s
+        )
+
+    def close(self) -> None:
+        """End the session; returns when the daemon has released all it held, or after 10 s. Twice is fine."""
+        if self._is_closed:
+            return
+        try:
+            if self._session_stream is not None:
+                self._close_stream()
+        finally:
+            self._is_closed = True
+            self._channel.close()
+            if self._socket is not None:
+                self._socket.close(CLOSE_LINGER_S)
+            self._pools.clear()
+            self._kept.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- calling
+
+    def _call(self, call: Call[R], /) -> R:
+        self._check_open()
+        try:
+            reply = self._methods[call.method](
+                call.request, metadata=self._metadata(call), timeout=self._timeout_s(call)
+            )
+        except grpc.RpcError as exc:
+            raise self._error(exc, self._end_reason()) from exc
+        return call.parse(reply)
+
+    def _wait(self, ids: Sequence[t.TransferId], timeout_s: float | None, *, any_of: bool) -> list[t.TransferStatus]:
+        statuses: list[t.TransferStatus] = []
+        for wait_s in wait_slices(timeout_s):
+            statuses = self._call(calls.wait(ids, wait_s, any_of=any_of))
+            if are_over(statuses, any_of=any_of):
+                break
+        return statuses
+
+    def _stream(self, method: str, request: object) -> Iterator[Any]:
+        """Yield the messages of a stream, which ends with the generator."""
+        self._check_open()
+        stream = self._methods[method](request, metadata=self._auth)
+        try:
+            yield from stream
+        except grpc.RpcError as exc:
+            raise self._error(exc, self._end_reason()) from exc
+        finally:
+            stream.cancel()
+
+    def _read_stream(self, region: t.RegionId, offset: int, nbytes: int) -> bytes:
+        request = pb.ReadRegionRequest(region=region, offset=offset, nbytes=nbytes)
+        data = b"".join(message.data for message in self._stream("MemoryService.Read", request)) if nbytes else b""
+        if len(data) != nbytes:
+            raise ShortTransfer(f"region {region} gave {len(data)} bytes", limit=f"{nbytes} bytes asked for")
+        return data
+
+    def _write_stream(self, region: t.RegionId, offset: int, data: ByteArray) -> int:
+        self._check_open()
+        try:
+            reply = self._methods["MemoryService.Write"](write_requests(region, offset, data), metadata=self._auth)
+        except grpc.RpcError as exc:
+            raise self._error(exc, self._end_reason()) from exc
+        return int(reply.nbytes)
+
+    # -- the session socket
+
+    def _pass_fd(self, request: SessionSocketRequest, fd: int) -> t.RegionInfo:
+        self._check_open()
+        if self._socket is None:
+            raise needs_socket()
+        reply, fds = self._socket.exchange(request, fd)
+        close_all(fds)
+        return wire.region_from_message(reply.region)
+
+    def _map(self, info: t.RegionInfo) -> ByteArray | None:
+        """Return a region's bytes, mapping its pool if that is possible and has not been done."""
+        if self._socket is None or not is_mappable(info, self.grant.node):
+            return None
+        with self._map_lock:
+            if info.pool not in self._pools:
+                try:
+                    self._pools[info.pool] = mapped_pool(*self._socket.exchange(map_pool(info.pool)))
+                except Unsupported:
+                    self._pools[info.pool] = None
+        return self._view(info)
+
+    # -- the end
+
+    def _end_reason(self) -> str:
+        if self._socket is not None:
+            return "" if self._is_closed else self._socket.end_reason()
+        stream = self._session_stream
+        if stream is None or stream.is_active():
+            return ""
+        try:
+            return next((event.closing for event in stream if event.closing), "its stream ended")
+        except grpc.RpcError as exc:
+            return error_of(exc, self.target).message
+
+    def _close_stream(self) -> None:
+        """Ask for the end, which answers when all is released, and let the stream go."""
+        try:
+            self._methods["SessionService.Close"](pb.CloseSessionRequest(), metadata=self._auth, timeout=CLOSE_LINGER_S)
+        except grpc.RpcError:
+            pass  # the daemon has gone, or has ended the session: what was wanted
+        finally:
+            self._session_stream.cancel()

@@ -1,0 +1,83 @@
+"""What ``cp``, ``explain`` and ``estimate`` take as source and target: how it is written, read and shown.
+
+A place is ``file:PATH``, a file under the daemon's roots, or ``region:ID[@NODE][+OFFSET]``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from xferd.api.errors import InvalidArgument
+from xferd.api.types import RegionId
+from xferd.api.units import parse_nbytes
+
+_REGION = re.compile(r"(\d{1,20})(?:@([^+@]+))?(?:\+(.+))?", re.ASCII | re.DOTALL)
+_REMEDY = "write file:PATH, or region:ID, region:ID@NODE, region:ID+OFFSET"
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlace:
+    """A file, from its start. The path is absolute, or relative to the daemon's first root."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"file:{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class RegionPlace:
+    """A region from an offset on. ``node`` "" is the node that the command talks to."""
+
+    id: RegionId
+    node: str = ""
+    offset: int = 0
+
+    def __str__(self) -> str:
+        at = f"@{self.node}" if self.node else ""
+        plus = f"+{self.offset}" if self.offset else ""
+        return f"region:{self.id}{at}{plus}"
+
+
+Place: TypeAlias = FilePlace | RegionPlace
+
+
+def parse_place(text: str) -> Place:
+    """Read a place.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    kind, colon, rest = text.partition(":")
+    if not colon or not rest or kind not in ("file", "region"):
+        raise InvalidArgument(f"{text!r} is no place", remedy=_REMEDY)
+    if kind == "file":
+        return FilePlace(rest)
+    match = _REGION.fullmatch(rest)
+    if match is None or int(match[1]) >= 1 << 64:
+        raise InvalidArgument(f"{text!r} names no region", limit="ids are numbers below 2**64", remedy=_REMEDY)
+    return RegionPlace(RegionId(int(match[1])), match[2] or "", parse_nbytes(match[3]) if match[3] else 0)
+
+
+def span_nbytes(source_nbytes: int, target_nbytes: int, wanted: int | None, *, source: Place, target: Place) -> int:
+    """Return how many bytes to move between two places that have so many bytes from their offsets on.
+
+    Raises:
+        InvalidArgument: there is nothing to move, or one of them is too small. ``cp`` never copies a part unasked.
+    """
+    nbytes = source_nbytes if wanted is None else wanted
+    if nbytes > source_nbytes:
+        raise InvalidArgument(
+            f"{nbytes} bytes are asked of {source}", limit=f"{source_nbytes} bytes there", remedy="ask for less"
+        )
+    if nbytes <= 0:
+        raise InvalidArgument(f"nothing to move from {source}", remedy="name a source with at least one byte")
+    if nbytes > target_nbytes:
+        raise InvalidArgument(
+            f"{nbytes} bytes do not fit into {target}",
+            limit=f"{max(target_nbytes, 0)} bytes there",
+            remedy="name a larger target, or move a part with --nbytes",
+        )
+    return nbytes

@@ -1,0 +1,261 @@
+"""The blocking client. Calls go straight to gRPC's blocking stubs: there is no event loop and no thread of ours.
+
+The surface is that of ``aio.py``; requests, errors and arrays are shared with it (``_calls.py``, ``_errors.py``,
+``memory.py``, ``transfers.py``). Connecting and calling are in ``_sync_link.py``. Several threads may use a client.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Unpack, overload
+
+from xferd.api import types as t
+from xferd.api import wire
+from xferd.api.errors import Unauthenticated
+from xferd.api.proto import xferd_v1_pb2 as pb
+from xferd.clients import _calls as calls
+from xferd.clients._calls import WAIT_SLICE_S, ImportedMetadata, wait_slices
+from xferd.clients._session_socket import fd_request, memfd_request, owned
+from xferd.clients._sync_link import SyncLink
+from xferd.clients._sync_objects import PreparedList, Region, Transfer
+from xferd.clients.admin import Admin
+from xferd.clients.memory import address_of, bytes_of, make_memfd
+from xferd.clients.transfers import (
+    ListLike,
+    TransferLike,
+    TransferOptions,
+    checked,
+    id_of,
+    ids_of,
+    tell,
+    transfer_request,
+)
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from xferd.api.descriptors import DescriptorList
+
+__all__ = ["Client", "PreparedList", "Region", "Transfer"]
+
+
+class Client(SyncLink):
+    """One agent attached to the daemon of its node. A context manager; made by ``connect`` or ``connect_grpc``."""
+
+    @property
+    def admin(self) -> Admin:
+        """The operator's verbs."""
+        return Admin(self._call)
+
+    # -- memory
+
+    def pools(self) -> list[t.PoolInfo]:
+        """Return the pools; their statistics are those of the session's start where an admin token is missing."""
+        try:
+            return self.admin.pools()
+        except Unauthenticated:
+            return list(self.grant.pools)
+
+    @overload
+    def allocate(self, nbytes: int, pool: str = ..., *, access: t.Access = ..., label: str = ...) -> Region: ...
+    @overload
+    def allocate(
+        self, nbytes: Sequence[int], pool: str = ..., *, access: t.Access = ..., label: str = ...
+    ) -> list[Region]: ...
+    def allocate(
+        self, nbytes: int | Sequence[int], pool: str = "", *, access: t.Access = t.Access.NONE, label: str = ""
+    ) -> Region | list[Region]:
+        """Allocate a region, or with a sequence of sizes a group of regions, all or none.
+
+        Args:
+            nbytes: size, rounded up to 4096; or sizes.
+            pool: "" is the first host pool.
+            access: what others may do with it.
+            label: for others to find it by.
+
+        Raises:
+            PoolExhausted: no room for all.
+        """
+        listing = self._call(calls.allocate(nbytes, pool, access, label))
+        made = [Region(self, info) for info in listing.regions]
+        return made[0] if isinstance(nbytes, int) else made
+
+    def free(self, regions: Iterable[Region]) -> None:
+        """Give regions back, all or none."""
+        wanted = list(regions)
+        self._call(calls.free(region.id for region in wanted))
+        self._forget_regions(wanted)
+
+    def register(
+        self, array: object, *, access: t.Access = t.Access.NONE, label: str = "", writable: bool | None = None
+    ) -> Region:
+        """Register memory of this process: a C-contiguous array, or anything with a buffer. It is kept alive.
+
+        ``writable`` None follows the array.
+        """
+        memory = bytes_of(array)
+        can_write = bool(memory.flags.writeable) if writable is None else writable
+        request = t.RegisterPrivateRequest(address_of(memory), len(memory), access, label, can_write)
+        info = self._call(calls.register_private(request))
+        self._kept[info.id] = memory
+        return Region(self, info, memory)
+
+    def register_memfd(self, nbytes: int, *, access: t.Access = t.Access.NONE, label: str = "") -> Region:
+        """Make shared memory of this client's own and register it; the daemon reaches it without system calls."""
+        fd, memory = make_memfd(nbytes, label)
+        with owned(fd):
+            info = self._pass_fd(memfd_request(nbytes, access, label), fd)
+        return Region(self, info, memory)
+
+    def register_file(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        nbytes: int = 0,
+        writable: bool = False,
+        create: bool = False,
+        access: t.Access = t.Access.NONE,
+        label: str = "",
+    ) -> Region:
+        """Register a file under a root of the daemon; ``nbytes`` 0 takes its present size."""
+        request = t.RegisterFileRequest(str(path), nbytes, writable, create, access, label)
+        return Region(self, self._call(calls.register_file(request)))
+
+    def register_fd(
+        self, fd: int, *, nbytes: int = 0, writable: bool = False, access: t.Access = t.Access.NONE, label: str = ""
+    ) -> Region:
+        """Register a file that this process has open, wherever it is; ``fd`` stays the caller's."""
+        return Region(self, self._pass_fd(fd_request(nbytes, writable, access, label), fd))
+
+    def regions(
+        self, *, node: str = "", agent: str = "", label: str = "", ids: Iterable[t.RegionId] = ()
+    ) -> list[Region]:
+        """Return regions that this client may see: its own, and shared ones, here or on ``node``."""
+        listing = self._call(calls.regions(t.RegionQuery(node, agent, label, tuple(ids))))
+        return [self.region(info) for info in listing.regions]
+
+    def region(self, info: t.RegionInfo) -> Region:
+        """Return a region by its record, for example one that another process sent."""
+        return Region(self, info, self._kept.get(info.id) if info.node == self.grant.node else None)
+
+    # -- transfers
+
+    def prepare(self, descriptors: DescriptorList | Region) -> PreparedList:
+        """Let the daemon check a list once and keep it."""
+        wanted = descriptors.whole() if isinstance(descriptors, Region) else descriptors
+        return PreparedList(self, self._call(calls.prepare(wanted)))
+
+    def transfer(
+        self,
+        op: t.TransferOp | str,
+        local: ListLike,
+        remote: ListLike,
+        *,
+        hold: bool = False,
+        wait_s: float = 0.0,
+        **options: Unpack[TransferOptions],
+    ) -> Transfer:
+        """Start a transfer and return it; with ``hold`` it waits for ``post``.
+
+        Args:
+            op: READ pulls remote into local, WRITE pushes local into remote.
+            local: on this node.
+            remote: here or on another node.
+            hold: create it only.
+            wait_s: wait so long for its end, in the same call.
+            **options: see ``TransferOptions``.
+        """
+        request = transfer_request(op, local, remote, options, hold=hold)
+        return Transfer(self, self._call(calls.submit(request, wait_s)))
+
+    def read(self, local: ListLike, remote: ListLike, **options: Unpack[TransferOptions]) -> t.TransferStatus:
+        """Pull remote into local and return when it is DONE; one round trip. Raises what the transfer failed with."""
+        return self._run(t.TransferOp.READ, local, remote, options)
+
+    def write(self, local: ListLike, remote: ListLike, **options: Unpack[TransferOptions]) -> t.TransferStatus:
+        """Push local into remote and return when it is DONE; one round trip. Raises what the transfer failed with."""
+        return self._run(t.TransferOp.WRITE, local, remote, options)
+
+    def poll_many(self, transfers: Sequence[TransferLike]) -> list[t.TransferStatus]:
+        """Return the status of each, in order, with one call."""
+        statuses = self._call(calls.poll(ids_of(transfers)))
+        tell(transfers, statuses)
+        return statuses
+
+    def wait_many(
+        self, transfers: Sequence[TransferLike], timeout_s: float | None = None, *, any: bool = False
+    ) -> list[t.TransferStatus]:
+        """Wait until all (or any) have ended or the time is over; nothing of this is raised."""
+        statuses = self._wait(ids_of(transfers), timeout_s, any_of=any)
+        tell(transfers, statuses)
+        return statuses
+
+    def completions(self, transfers: Iterable[TransferLike] = ()) -> Iterator[t.TransferStatus]:
+        """Yield transfers as they end, those that had ended first; none named: all of this session, without end."""
+        request = pb.WatchRequest(id=ids_of(transfers))
+        for message in self._stream("TransferService.Watch", request):
+            yield wire.status_from_message(message)
+
+    def cancel(self, transfers: Sequence[TransferLike]) -> list[t.TransferStatus]:
+        """Cancel; no byte of them moves any more when this returns."""
+        statuses = self._call(calls.cancel(ids_of(transfers)))
+        tell(transfers, statuses)
+        return statuses
+
+    def release(self, transfers: Iterable[TransferLike]) -> None:
+        """Let the daemon forget transfers, cancelling what runs."""
+        self._call(calls.release(id_of(transfer) for transfer in transfers))
+
+    def estimate(
+        self, op: t.TransferOp | str, local: ListLike, remote: ListLike, **options: Unpack[TransferOptions]
+    ) -> t.Estimate:
+        """Ask how long a transfer would take."""
+        return self._call(calls.estimate(transfer_request(op, local, remote, options)))
+
+    def explain(
+        self, op: t.TransferOp | str, local: ListLike, remote: ListLike, **options: Unpack[TransferOptions]
+    ) -> t.Explanation:
+        """Ask which way a transfer would go, and why."""
+        return self._call(calls.explain(transfer_request(op, local, remote, options)))
+
+    # -- notifications
+
+    def notify(self, target: str, payload: bytes) -> None:
+        """Send bytes to an agent, "agent" here or "agent@node"."""
+        self._call(calls.notify(target, payload))
+
+    def notifications(self, timeout_s: float = 0.0, *, limit: int = 100) -> list[t.Notification]:
+        """Take what has arrived for this agent, waiting up to ``timeout_s`` for the first."""
+        for wait_s in wait_slices(timeout_s):
+            taken = self._call(calls.notifications(limit, wait_s))
+            if taken:
+                return taken
+        return []
+
+    # -- nodes
+
+    def node(self, name: str = "") -> t.NodeInfo:
+        """Return a node's record; "" is this node."""
+        return self._call(calls.node(name))
+
+    def peers(self) -> list[t.PeerInfo]:
+        """Return the other nodes that this one knows."""
+        return self._call(calls.peers())
+
+    def export_metadata(self, regions: Iterable[Region] | None = None) -> bytes:
+        """Return this node's record and shared regions (or only ``regions``) as a blob."""
+        return self._call(calls.export_metadata(None if regions is None else [region.id for region in regions]))
+
+    def import_metadata(self, blob: bytes) -> ImportedMetadata:
+        """Load another node's blob."""
+        return self._call(calls.import_metadata(blob))
+
+    def invalidate(self, name: str) -> None:
+        """Forget a node that came by a blob."""
+        self._call(calls.invalidate(name))
+
+    def _run(self, op: t.TransferOp, local: ListLike, remote: ListLike, options: TransferOptions) -> t.TransferStatus:
+        status = self._call(calls.submit(transfer_request(op, local, remote, options), WAIT_SLICE_S))
+        if status.state not in t.ENDED:
+            [status] = self._wait([status.id], None, any_of=False)
+        return checked(status)
