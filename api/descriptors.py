@@ -175,7 +175,7 @@ class DescriptorList:
     @property
     def total_nbytes(self) -> int:
         """Sum of all rows, exact also where it passes 2**64."""
-        return _exact_sum(self.nbytes)
+        return exact_sum(self.nbytes)
 
     def select(self, index: IndexColumn | None) -> DescriptorList:
         """Return the rows that ``index`` names, in its order; None returns self.
@@ -242,7 +242,15 @@ def parse_index(raw: bytes) -> IndexColumn:
     return np.frombuffer(raw, dtype=U32)
 
 
-def check_total(local: DescriptorList, remote: DescriptorList) -> int:
+class HasTotal(Protocol):
+    """Anything that knows the exact sum of its rows."""
+
+    @property
+    def total_nbytes(self) -> int:
+        """Sum of all rows, exact also where it passes 2**64."""
+
+
+def check_total(local: HasTotal, remote: HasTotal) -> int:
     """Return the total bytes that both lists share.
 
     Raises:
@@ -387,6 +395,7 @@ def _broadcast(name: str, column: Column, count: int) -> Column:
     )
 
 
-def _exact_sum(nbytes: Column) -> int:
+def exact_sum(nbytes: Column) -> int:
+    """Return the sum of a column, exact also where it passes 2**64."""
     low, high = nbytes & np.uint64(0xFFFF_FFFF), nbytes >> np.uint64(32)
     return int(low.sum()) + (int(high.sum()) << 32)

@@ -7,25 +7,25 @@ from xferd.clients.aio import AsyncClient, AsyncPreparedList, AsyncRegion, Async
 from xferd.clients.sync import Client, PreparedList, Region, Transfer
 
 __all__ = [
-    # blocking
-    "Client",
-    "PreparedList",
-    "Region",
-    "Transfer",
+    # values of the contract
+    "Access",
+    # operators
+    "AdminConnection",
     # awaited
     "AsyncClient",
     "AsyncPreparedList",
     "AsyncRegion",
     "AsyncTransfer",
-    # operators
-    "AdminConnection",
-    # values of the contract
-    "Access",
+    # blocking
+    "Client",
     "DescriptorList",
     "Notification",
+    "PreparedList",
     "PreparedRef",
     "Priority",
+    "Region",
     "Run",
+    "Transfer",
     "TransferOp",
     "TransferState",
     "TransferStatus",

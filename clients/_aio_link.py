@@ -10,7 +10,7 @@ import grpc
 
 from xferd.api import types as t
 from xferd.api import wire
-from xferd.api.errors import ShortTransfer, Unavailable, Unsupported
+from xferd.api.errors import ShortTransfer, Unsupported
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
 from xferd.clients._aio_session_socket import AsyncSessionSocket
@@ -20,6 +20,7 @@ from xferd.clients._base import (
     CONNECT_TIMEOUT_S,
     ClientBase,
     needs_socket,
+    no_answer,
     opened,
     write_requests,
 )
@@ -149,9 +150,7 @@ class AsyncLink(ClientBase):
                     grant = wire.grant_from_message(opened(await stream.read()))
             except TimeoutError as exc:
                 await channel.close()
-                raise Unavailable(
-                    f"no daemon answers at {target} within {timeout_s:g} s", remedy="start xferd"
-                ) from exc
+                raise no_answer(target, timeout_s) from exc
             except grpc.RpcError as exc:
                 await channel.close()
                 raise error_of(exc, target) from exc
@@ -281,7 +280,6 @@ class AsyncLink(ClientBase):
 
     async def _end_reason(self) -> str:
         if self._socket is not None:
-            await asyncio.sleep(0)  # one turn of the loop, in which the socket's last event is heard
             return self._socket.end_reason()
         stream = self._session_stream
         if stream is None or not stream.done():

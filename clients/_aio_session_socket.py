@@ -53,6 +53,8 @@ class AsyncSessionSocket:
 
     def end_reason(self) -> str:
         """Return why the daemon ended the session, "" while it has not said so."""
+        if not self._ended.is_set() and self._inbox.sock.fileno() >= 0:
+            self._on_readable()  # what has arrived, without a turn of the loop
         return self._inbox.end_reason
 
     async def close(self, linger_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ class ClientBase:
         self._call_timeout_s = call_timeout_s
         self._pools: dict[str, ByteArray | None] = {}
         self._kept: dict[RegionId, ByteArray] = {}
+        self._doubtful: list[ByteArray] = []
         self._is_closed = False
 
     @property
@@ -86,6 +88,16 @@ class ClientBase:
             return ended(end_reason)
         return error
 
+    @contextlib.contextmanager
+    def _keeping(self, memory: ByteArray) -> Iterator[None]:
+        """Keep memory for good if its registration ends without word: the daemon may know its address."""
+        try:
+            yield
+        except BaseException as exc:
+            if not isinstance(exc, XferdError) or exc.retryable:
+                self._doubtful.append(memory)
+            raise
+
     def _view(self, info: RegionInfo) -> ByteArray | None:
         """Return a region's bytes in a pool that is mapped already."""
         pool = self._pools.get(info.pool) if info.node == self.grant.node else None
@@ -109,6 +121,13 @@ def needs_socket() -> Unsupported:
     return Unsupported(
         "this session came over gRPC alone and cannot pass file descriptors",
         remedy="connect over the session socket, or register the file by path",
+    )
+
+
+def no_answer(target: str, timeout_s: float) -> Unavailable:
+    """Return the error for a target that did not take a connection in time."""
+    return Unavailable(
+        f"no daemon answers at {target}", limit=f"{timeout_s:g} s", remedy="start xferd, or check grpc.listen"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar
 
 from xferd.api import types as t
 from xferd.api import wire
@@ -103,7 +103,7 @@ def close_session() -> Call[None]:
 
 def allocate(nbytes: int | Sequence[int], pool: str, access: t.Access, label: str) -> Call[t.RegionListing]:
     """Allocate one region, or a group."""
-    sizes = (nbytes,) if isinstance(nbytes, int) else tuple(int(size) for size in nbytes)
+    sizes = (int(nbytes),) if isinstance(nbytes, SupportsIndex) else tuple(int(size) for size in nbytes)
     request = t.AllocateRequest(sizes, pool, access, label)
     return Call("MemoryService.Allocate", wire.allocate_to_message(request), wire.listing_from_message)
 

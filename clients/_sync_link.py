@@ -9,7 +9,7 @@ import grpc
 
 from xferd.api import types as t
 from xferd.api import wire
-from xferd.api.errors import ShortTransfer, Unavailable, Unsupported
+from xferd.api.errors import ShortTransfer, Unsupported
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
 from xferd.clients._base import (
@@ -18,6 +18,7 @@ from xferd.clients._base import (
     CONNECT_TIMEOUT_S,
     ClientBase,
     needs_socket,
+    no_answer,
     opened,
     write_requests,
 )
@@ -138,7 +139,7 @@ class SyncLink(ClientBase):
             grant = wire.grant_from_message(opened(next(stream)))
         except grpc.FutureTimeoutError as exc:
             channel.close()
-            raise Unavailable(f"no daemon answers at {target} within {timeout_s:g} s", remedy="start xferd") from exc
+            raise no_answer(target, timeout_s) from exc
         except grpc.RpcError as exc:
             channel.close()
             raise error_of(exc, target) from exc

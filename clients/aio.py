@@ -10,7 +10,7 @@ when they are cancelled. Where that matters, start it with ``transfer`` and canc
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Unpack, overload
+from typing import TYPE_CHECKING, SupportsIndex, Unpack, overload
 
 from xferd.api import types as t
 from xferd.api import wire
@@ -86,7 +86,7 @@ class AsyncClient(AsyncLink):
         for info in listing.regions[:1]:
             await self._map(info)  # now, because ``array`` cannot wait
         made = [AsyncRegion(self, info) for info in listing.regions]
-        return made[0] if isinstance(nbytes, int) else made
+        return made[0] if isinstance(nbytes, SupportsIndex) else made
 
     async def free(self, regions: Iterable[AsyncRegion]) -> None:
         """Give regions back, all or none."""
@@ -104,7 +104,8 @@ class AsyncClient(AsyncLink):
         memory = bytes_of(array)
         can_write = bool(memory.flags.writeable) if writable is None else writable
         request = t.RegisterPrivateRequest(address_of(memory), len(memory), access, label, can_write)
-        info = await self._call(calls.register_private(request))
+        with self._keeping(memory):
+            info = await self._call(calls.register_private(request))
         self._kept[info.id] = memory
         return AsyncRegion(self, info, memory)
 
@@ -148,9 +149,9 @@ class AsyncClient(AsyncLink):
 
     # -- transfers
 
-    async def prepare(self, descriptors: DescriptorList | Region) -> AsyncPreparedList:
+    async def prepare(self, descriptors: DescriptorList | AsyncRegion) -> AsyncPreparedList:
         """Let the daemon check a list once and keep it."""
-        wanted = descriptors.whole() if isinstance(descriptors, Region) else descriptors
+        wanted = descriptors.whole() if isinstance(descriptors, AsyncRegion) else descriptors
         return AsyncPreparedList(self, await self._call(calls.prepare(wanted)))
 
     async def transfer(

@@ -6,7 +6,7 @@ The surface is that of ``aio.py``; requests, errors and arrays are shared with i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack, overload
+from typing import TYPE_CHECKING, SupportsIndex, Unpack, overload
 
 from xferd.api import types as t
 from xferd.api import wire
@@ -78,7 +78,7 @@ class Client(SyncLink):
         """
         listing = self._call(calls.allocate(nbytes, pool, access, label))
         made = [Region(self, info) for info in listing.regions]
-        return made[0] if isinstance(nbytes, int) else made
+        return made[0] if isinstance(nbytes, SupportsIndex) else made
 
     def free(self, regions: Iterable[Region]) -> None:
         """Give regions back, all or none."""
@@ -96,7 +96,8 @@ class Client(SyncLink):
         memory = bytes_of(array)
         can_write = bool(memory.flags.writeable) if writable is None else writable
         request = t.RegisterPrivateRequest(address_of(memory), len(memory), access, label, can_write)
-        info = self._call(calls.register_private(request))
+        with self._keeping(memory):
+            info = self._call(calls.register_private(request))
         self._kept[info.id] = memory
         return Region(self, info, memory)
 

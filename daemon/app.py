@@ -64,12 +64,6 @@ log = structlog.get_logger(__name__)
 EXCHANGE_TIMEOUT_S = 5.0
 """For a static peer's first answer; the control lane's own connect timeout is within it."""
 
-MAX_PREPARED = 1 << 16
-"""Prepared lists of all sessions together: the handle's table, not the columns, is what this bounds."""
-
-KEEP_PLANS_NBYTES = 64 << 20
-"""Plans of ended transfers, kept for a re-post: some 2,000 transfers of 1,024 blocks."""
-
 GRPC_GRACE_S = 1.0
 MIN_TOKEN_CHARACTERS = 16
 
@@ -127,7 +121,7 @@ class Daemon:
             max_pieces=config.transfers.max_pieces,
             staging_slots=self._staging.count,
         )
-        self._lists = ListBook(name, epoch, self._regions, self._peers, max_prepared=MAX_PREPARED)
+        self._lists = ListBook(name, epoch, self._regions, self._peers, max_prepared=limits.max_prepared)
         self._pools: dict[str, HostPool] = {}
         self._make_transfers(name)
         self._make_sessions(name, epoch)
@@ -158,7 +152,7 @@ class Daemon:
             self._inboxes,
             default_timeout_s=config.transfers.default_timeout,
             max_transfers=config.limits.max_transfers,
-            keep_plans_nbytes=KEEP_PLANS_NBYTES,
+            keep_plans_nbytes=config.transfers.keep_plans,
         )
 
     def _make_sessions(self, name: str, epoch: int) -> None:
@@ -322,6 +316,7 @@ class Daemon:
         self._transfers.max_transfers = config.limits.max_transfers
         self._transfers.default_timeout_s = config.transfers.default_timeout
         self._sessions.quiesce_timeout_s = config.transfers.quiesce_timeout
+        self._sessions.max_sessions = config.sessions.max_sessions
         self._store.reload(_static_peers(config))
         await self._peers.reload(_peer_names(config))
         return []

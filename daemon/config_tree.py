@@ -48,9 +48,9 @@ class SessionsConfig(Options):
     """Who may attach. No ``allowed_uids`` means the daemon's own uid and root."""
 
     socket: str = ""
-    allowed_uids: Annotated[tuple[Annotated[int, Field(strict=True, ge=0, lt=1 << 32)], ...], LIVE] = ()
+    allowed_uids: tuple[Annotated[int, Field(ge=0, lt=1 << 32)], ...] = ()
     max_sessions: Annotated[Count, LIVE] = 256
-    rest_ttl: Annotated[Seconds, Field(gt=0), LIVE] = 60.0
+    rest_ttl: Annotated[Seconds, Field(gt=0)] = 60.0
 
 
 class GrpcConfig(Options):
@@ -91,12 +91,13 @@ class FilesConfig(Options):
 class LimitsConfig(Options):
     """Bounds on single requests, sessions and inboxes; whoever meets one is told its name here."""
 
-    max_descriptors: Annotated[Count, LIVE] = 1 << 20
+    max_descriptors: Count = 1 << 20
     max_notification: Annotated[Nbytes, LIVE] = MIB
     max_inbox: Annotated[Nbytes, LIVE] = 16 * MIB
     max_group: Annotated[Count, LIVE] = 65536
     max_transfers: Annotated[Count, LIVE] = 4096
-    max_regions: Annotated[Count, LIVE] = 65536
+    max_prepared: Count = 65536
+    max_regions: Count = 65536
 
 
 class TransfersConfig(Options):
@@ -106,6 +107,7 @@ class TransfersConfig(Options):
     max_pieces: Count = 8192
     default_timeout: Annotated[Seconds, Field(gt=0), LIVE] = 60.0
     staging: Annotated[Nbytes, Field(ge=4096)] = 64 * MIB
+    keep_plans: Nbytes = 64 * MIB
     quiesce_timeout: Annotated[Seconds, Field(gt=0), LIVE] = 5.0
 
 

@@ -1,1 +1,5 @@
-"""``xferctl``, the command line for operators."""
+"""The command line for operators; see docs/xferctl.md."""
+
+from xferd.clients.ctl._app import main
+
+__all__ = ["main"]

@@ -33,7 +33,9 @@ def document(value: object) -> Json:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         identifiers = _identifiers(type(value))
         return {
-            item.name: str(getattr(value, item.name)) if item.name in identifiers else document(getattr(value, item.name))
+            item.name: str(getattr(value, item.name))
+            if item.name in identifiers
+            else document(getattr(value, item.name))
             for item in dataclasses.fields(value)
         }
     return value

@@ -66,6 +66,6 @@ def is_unreachable(error: XferdError) -> bool:
     from xferd.clients._errors import ERROR_METADATA
 
     if isinstance(cause, grpc.RpcError):
-        trailer = cause.trailing_metadata() or ()  # type: ignore[attr-defined]  # grpcio has no types
+        trailer = cause.trailing_metadata() or ()
         return all(key != ERROR_METADATA for key, _ in trailer)
     return isinstance(cause, grpc.FutureTimeoutError)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from xferd.api.errors import InvalidArgument
 from xferd.api.types import RegionId
@@ -18,30 +17,27 @@ _REMEDY = "write file:PATH, or region:ID, region:ID@NODE, region:ID+OFFSET"
 
 
 @dataclass(frozen=True, slots=True)
-class FilePlace:
-    """A file, from its start. The path is absolute, or relative to the daemon's first root."""
+class Place:
+    """A file from its start, or a region from an offset on.
 
-    path: str
+    Attributes:
+        path: of the file, absolute or relative to the daemon's first root; "" for a region.
+        region: id of the region.
+        node: where the region is; "" is the node that the command talks to.
+        offset: in the region.
+    """
 
-    def __str__(self) -> str:
-        return f"file:{self.path}"
-
-
-@dataclass(frozen=True, slots=True)
-class RegionPlace:
-    """A region from an offset on. ``node`` "" is the node that the command talks to."""
-
-    id: RegionId
+    path: str = ""
+    region: RegionId | None = None
     node: str = ""
     offset: int = 0
 
     def __str__(self) -> str:
+        if self.path:
+            return f"file:{self.path}"
         at = f"@{self.node}" if self.node else ""
         plus = f"+{self.offset}" if self.offset else ""
-        return f"region:{self.id}{at}{plus}"
-
-
-Place: TypeAlias = FilePlace | RegionPlace
+        return f"region:{self.region}{at}{plus}"
 
 
 def parse_place(text: str) -> Place:
@@ -54,11 +50,12 @@ def parse_place(text: str) -> Place:
     if not colon or not rest or kind not in ("file", "region"):
         raise InvalidArgument(f"{text!r} is no place", remedy=_REMEDY)
     if kind == "file":
-        return FilePlace(rest)
+        return Place(path=rest)
     match = _REGION.fullmatch(rest)
     if match is None or int(match[1]) >= 1 << 64:
         raise InvalidArgument(f"{text!r} names no region", limit="ids are numbers below 2**64", remedy=_REMEDY)
-    return RegionPlace(RegionId(int(match[1])), match[2] or "", parse_nbytes(match[3]) if match[3] else 0)
+    offset = parse_nbytes(match[3]) if match[3] else 0
+    return Place(region=RegionId(int(match[1])), node=match[2] or "", offset=offset)
 
 
 def span_nbytes(source_nbytes: int, target_nbytes: int, wanted: int | None, *, source: Place, target: Place) -> int:

@@ -106,7 +106,19 @@ def pools(infos: Iterable[t.PoolInfo]) -> Table:
 
 def sessions(infos: Iterable[t.SessionInfo], now: float) -> Table:
     """Return who is attached and what it holds."""
-    columns = ("SESSION", "AGENT", "VIA", ">PID", ">UID", ">AGE", ">EXPIRES", ">REGIONS", ">HELD", ">TRANSFERS", ">LISTS")
+    columns = (
+        "SESSION",
+        "AGENT",
+        "VIA",
+        ">PID",
+        ">UID",
+        ">AGE",
+        ">EXPIRES",
+        ">REGIONS",
+        ">HELD",
+        ">TRANSFERS",
+        ">LISTS",
+    )
     return table(
         columns,
         (
@@ -266,12 +278,21 @@ def explanation(info: t.Explanation) -> Table:
 
 def estimate(info: t.Estimate) -> Table:
     """Return the expected cost."""
-    return block([("time", f"{f.duration(info.duration_s)} ({info.basis})"), ("rate", f.rate(info.bytes_per_s)), *_hops(info.route)])
+    return block(
+        [
+            ("time", f"{f.duration(info.duration_s)} ({info.basis})"),
+            ("rate", f.rate(info.bytes_per_s)),
+            *_hops(info.route),
+        ]
+    )
 
 
 def _hops(route: Sequence[t.Hop]) -> list[tuple[str, str]]:
     return [
-        ("route" if not row else "", f"{hop.backend}: {hop.source} > {hop.target}" + (f", {hop.reason}" if hop.reason else ""))
+        (
+            "route" if not row else "",
+            f"{hop.backend}: {hop.source} > {hop.target}" + (f", {hop.reason}" if hop.reason else ""),
+        )
         for row, hop in enumerate(route)
     ]
 
@@ -284,4 +305,5 @@ def copied(info: t.TransferStatus, source: str, target: str) -> str:
             f"{source} > {target}: {f.nbytes(telemetry.moved_nbytes)} in {f.duration(telemetry.moving_s)}, "
             f"{mean_rate(telemetry)}, by {route_names(telemetry.route)}"
         )
-    return f"{source} > {target}: {info.state.value.lower()} after {telemetry.moved_nbytes} of {telemetry.total_nbytes} bytes"
+    count = f"{telemetry.moved_nbytes} of {telemetry.total_nbytes} bytes"
+    return f"{source} > {target}: {info.state.value.lower()} after {count}"

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from xferd.api.descriptors import PreparedRef
+from xferd.api.descriptors import PreparedRef, check_total
 from xferd.api.errors import (
     AlreadyExists,
     InvalidArgument,
     NotFound,
     Overloaded,
     PermissionDenied,
-    SizeMismatch,
     Unauthenticated,
     XferdError,
 )
@@ -133,13 +132,7 @@ class TransferDesk:
                 limit=f"node {self._node}",
                 remedy="swap the lists and the op",
             )
-        local_nbytes, remote_nbytes = int(local.nbytes.sum()), int(remote.nbytes.sum())
-        if local_nbytes != remote_nbytes:
-            raise SizeMismatch(
-                f"the local list has {local_nbytes} bytes and the remote list {remote_nbytes}",
-                limit="equal totals",
-                remedy="the pairs may differ in shape, the totals may not",
-            )
+        check_total(local, remote)
         _check_remote_rights(remote, request.op)
         source, target = (remote, local) if request.op is TransferOp.READ else (local, remote)
         return self._planner.plan(source, target, pin=request.backend)

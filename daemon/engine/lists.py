@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from xferd.api.descriptors import DescriptorList, PreparedRef
+from xferd.api.descriptors import DescriptorList, PreparedRef, exact_sum
 from xferd.api.errors import LimitExceeded, NotFound, OutOfBounds, PermissionDenied, Stale
 from xferd.api.types import Access, PreparedHandle, PreparedInfo, RegionId
 from xferd.plugins.base import RemoteSpace
@@ -67,6 +67,11 @@ class CheckedList:
 
     def __len__(self) -> int:
         return len(self.position)
+
+    @property
+    def total_nbytes(self) -> int:
+        """Sum of all rows, exact also where it passes 2**64."""
+        return exact_sum(self.nbytes)
 
     def select(self, index: IndexColumn | None) -> CheckedList:
         """Return the rows that ``index`` names, in its order. ``regions`` stays the whole list's.

@@ -66,6 +66,7 @@ class Transfer:
     created_at: float
     state: TransferState = TransferState.PREPARED
     posts: int = 0
+    reroutes: int = 0
     verdict: XferdError | None = None
     todo: dict[int, deque[int]] = field(default_factory=dict)
     in_flight: dict[ChunkRef, tuple[SlotKey, int]] = field(default_factory=dict)
@@ -87,8 +88,11 @@ class Transfer:
 
     @property
     def wire_id(self) -> str:
-        """The id that peers see: another one for each post, so that a refused post cannot come back."""
-        return f"{self.id}#{self.posts}"
+        """The id that peers see: another one for each post and each change of route.
+
+        A peer that was told to let a transfer rest refuses its id for ever; what is tried again needs another.
+        """
+        return f"{self.id}#{self.posts}.{self.reroutes}"
 
     @property
     def is_active(self) -> bool:
@@ -262,6 +266,7 @@ class TransferMachine:
                 transfer.routes_tried.append(tried)
             if route.is_restartable and self._has_next_route(transfer, chunk.leg, index):
                 transfer.route_index[chunk.leg] = max(transfer.route_index[chunk.leg], index + 1)
+                transfer.reroutes += 1
                 transfer.last_routes = self._present_routes(transfer)
                 transfer.todo[chunk.leg].append(chunk.number)
                 self._scheduler.remove(transfer.id)

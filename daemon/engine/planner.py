@@ -72,7 +72,7 @@ class Planner:
             legs.append(Leg(left, right, tuple(cuts), routes))
         return Plan(
             tuple(legs),
-            int(source.nbytes.sum()),
+            source.total_nbytes,
             len(source) + len(target),
             sum(len(leg.source.iov) + len(leg.target.iov) for leg in legs),
             tuple(considered),

@@ -94,6 +94,15 @@ class SessionDesk:
             self._begin_end(session.id, "the daemon is stopping")
         await self._group.__aexit__(None, None, None)
 
+    @property
+    def max_sessions(self) -> int:
+        """Most sessions at once; lowering it ends none."""
+        return self._table.max_sessions
+
+    @max_sessions.setter
+    def max_sessions(self, value: int) -> None:
+        self._table.max_sessions = value
+
     # ------------------------------------------------------------------------------------ who calls
 
     def authenticate(self, token: str) -> Caller:

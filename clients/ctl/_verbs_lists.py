@@ -1,0 +1,118 @@
+"""Verbs that list what a node has, and the one that ends a session."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from xferd.api.types import RegionListing, SessionId
+from xferd.clients.ctl import _tables
+from xferd.clients.ctl._link import Settings, admin, attach
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.console import RenderableType
+
+
+def _show(settings: Settings, name: str, infos: Sequence[object], view: Callable[[], RenderableType]) -> None:
+    """Show a list: an object with one member for programs, and a word instead of an empty table for people."""
+    settings.output.show({name: infos}, lambda: view() if infos else Text(f"no {name}", "dim"))
+
+
+def pools(ctx: typer.Context) -> None:
+    """List pools and how full they are."""
+    settings: Settings = ctx.obj
+    with admin(settings) as node:
+        infos = node.pools()
+    _show(settings, "pools", infos, lambda: _tables.pools(infos))
+
+
+def sessions(ctx: typer.Context) -> None:
+    """List clients and what they hold."""
+    settings: Settings = ctx.obj
+    with admin(settings) as node:
+        infos = node.sessions()
+    _show(settings, "sessions", infos, lambda: _tables.sessions(infos, time.time()))
+
+
+def agents(ctx: typer.Context) -> None:
+    """List agents, here and on known nodes."""
+    settings: Settings = ctx.obj
+    with attach(settings) as client:
+        nodes = [client.node(), *(peer.node for peer in client.peers())]
+        mine = client.address
+    found = [(f"{agent}@{node.name}", node.name) for node in nodes for agent in node.agents]
+    others = [pair for pair in found if pair[0] != mine]  # this command's own session is no news
+    answer = [{"address": address, "node": node} for address, node in others]
+    _show(settings, "agents", answer, lambda: _tables.agents(others))
+
+
+def peers(ctx: typer.Context) -> None:
+    """List other nodes as this one sees them."""
+    settings: Settings = ctx.obj
+    with attach(settings) as client:
+        infos = client.peers()
+    _show(settings, "peers", infos, lambda: _tables.peers(infos, time.time()))
+
+
+def regions(
+    ctx: typer.Context,
+    node: Annotated[str, typer.Option(metavar="NAME", help="Ask this node instead.")] = "",
+    agent: Annotated[str, typer.Option(metavar="NAME", help="Only regions of this agent.")] = "",
+    label: Annotated[str, typer.Option(metavar="TEXT", help="Only regions with this label.")] = "",
+) -> None:
+    """List regions that are shared."""
+    settings: Settings = ctx.obj
+    with attach(settings) as client:
+        infos = tuple(region.info for region in client.regions(node=node, agent=agent, label=label))
+        record = client.node(node)
+    listing = RegionListing(record.name, record.epoch, infos)
+    settings.output.show(listing, lambda: _tables.regions(infos) if infos else Text("no regions are shared", "dim"))
+
+
+def backends(ctx: typer.Context) -> None:
+    """List backends and what they have moved."""
+    settings: Settings = ctx.obj
+    with admin(settings) as node:
+        infos = node.backends()
+    _show(settings, "backends", infos, lambda: _tables.backends(infos))
+
+
+def transfers(
+    ctx: typer.Context,
+    active: Annotated[bool, typer.Option("--active", help="Only those that have not ended.")] = False,
+    agent: Annotated[str, typer.Option(metavar="NAME", help="Only those of this agent.")] = "",
+) -> None:
+    """List transfers of all sessions.
+
+    One that has ended stays until its client releases it, or goes.
+    """
+    settings: Settings = ctx.obj
+    with admin(settings) as node:
+        infos = node.transfers(active_only=active, agent=agent)
+    _show(settings, "transfers", infos, lambda: _tables.transfers(infos, time.time()))
+
+
+def holds(ctx: typer.Context) -> None:
+    """List what is held, by whom and why."""
+    settings: Settings = ctx.obj
+    with admin(settings) as node:
+        infos = node.holds()
+    _show(settings, "holds", infos, lambda: _tables.holds(infos, time.time()))
+
+
+def end_session(
+    ctx: typer.Context, session: Annotated[str, typer.Argument(metavar="ID", help="As `sessions` shows it.")]
+) -> None:
+    """End a session.
+
+    Its transfers are cancelled, and all it holds is released.
+    """
+    settings: Settings = ctx.obj
+    with admin(settings) as node:
+        node.end_session(SessionId(session))
+    settings.output.show({"ended": session}, lambda: Text(f"session {session} has ended"))
