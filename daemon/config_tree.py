@@ -48,7 +48,7 @@ class SessionsConfig(Options):
     """Who may attach. No ``allowed_uids`` means the daemon's own uid and root."""
 
     socket: str = ""
-    allowed_uids: tuple[Annotated[int, Field(ge=0, lt=1 << 32)], ...] = ()
+    allowed_uids: tuple[Annotated[int, Field(strict=True, ge=0, lt=1 << 32)], ...] = ()
     max_sessions: Annotated[Count, LIVE] = 256
     rest_ttl: Annotated[Seconds, Field(gt=0)] = 60.0
 

@@ -5,6 +5,7 @@ gRPC is imported when something is asked, so that ``--help`` and completion answ
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from xferd.clients.sync import Client
 
 GRPC_SOCKET = "grpc.sock"
+PROBE_TIMEOUT_S = 5.0
+_UNIX = "unix:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +35,37 @@ class Settings:
 
 
 def admin(settings: Settings) -> AdminConnection:
-    """Return a connection for operator's verbs; nothing is sent before the first of them."""
+    """Return a connection for operator's verbs.
+
+    Raises:
+        Unavailable: nobody listens at the Unix socket; ``__cause__`` has the system's error.
+    """
     from xferd.clients.admin import AdminConnection
 
     target = settings.grpc
     if not target and settings.socket is not None:
         target = f"unix:{settings.socket.absolute().with_name(GRPC_SOCKET)}"
-    return AdminConnection(target, token=settings.token)
+    connection = AdminConnection(target, token=settings.token)
+    if connection.target.startswith(_UNIX):
+        try:
+            _probe(connection.target.removeprefix(_UNIX))
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _probe(path: str) -> None:
+    """Connect once: the system's word is one line, and gRPC's is four."""
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PROBE_TIMEOUT_S)
+            sock.connect(path)
+    except OSError as exc:
+        raise Unavailable(
+            f"no daemon answers at {path}: {exc.strerror or exc}",
+            remedy="start xferd, or name its session socket with --socket or $XFERD_SOCKET",
+        ) from exc
 
 
 def attach(settings: Settings) -> Client:

@@ -57,7 +57,7 @@ def existing(client: Client, place: Place, *, writable: bool = False) -> End:
     Raises:
         NotFound: it is not there, or not shared with this command.
     """
-    if place.path:
+    if place.region is None:
         return End(place, client.register_file(place.path, writable=writable), 0)
     found = client.regions(node=place.node, ids=[place.region])
     if not found:

@@ -22,7 +22,7 @@ class Place:
 
     Attributes:
         path: of the file, absolute or relative to the daemon's first root; "" for a region.
-        region: id of the region.
+        region: id of the region; None for a file.
         node: where the region is; "" is the node that the command talks to.
         offset: in the region.
     """

@@ -63,7 +63,8 @@ def cp(
 ) -> None:
     """Copy between files and regions.
 
-    Files are under the daemon's roots, regions here or on another node. A target file is created. Ctrl-C cancels the copy, and returns when no byte of it moves any more.
+    Files are under the daemon's roots, regions here or on another node. A target file is created.
+    Ctrl-C cancels the copy, and returns when no byte of it moves any more.
     """
     settings: Settings = ctx.obj
     with attach(settings) as client:

@@ -75,15 +75,19 @@ class MappedEngine(FakeEngine):
     async def register_memfd(
         self, caller: t.Caller, fd: int, nbytes: int, access: t.Access, label: str
     ) -> t.RegionInfo:
-        with open(fd, "r+b", buffering=0):  # owns the fd
+        try:
             memory = memoryview(mmap.mmap(fd, nbytes))
+        finally:
+            os.close(fd)
         return self._add(caller, cast(bytearray, memory), t.RegionSource.MEMFD, access, label)
 
     async def register_fd(
         self, caller: t.Caller, fd: int, nbytes: int, writable: bool, access: t.Access, label: str
     ) -> t.RegionInfo:
-        with open(fd, "rb", buffering=0) as file:
-            data = bytearray(os.pread(file.fileno(), nbytes or os.fstat(fd).st_size, 0))
+        try:
+            data = bytearray(os.pread(fd, nbytes or os.fstat(fd).st_size, 0))
+        finally:
+            os.close(fd)
         kind = t.MemoryKind.FILE
         return self._add(caller, data, t.RegionSource.FD, access, label, kind=kind, writable=writable)
 
@@ -128,8 +132,7 @@ async def running() -> AsyncIterator[Daemon]:
             engine.close()
 
 
-def open_fds() -> set[str]:
-    """Return what this process has open, by name; sockets of gRPC's own pollers come and go and are left out."""
+def _open_memfds() -> set[str]:
     gc.collect()
     found = set()
     for path in Path("/proc/self/fd").iterdir():
@@ -138,6 +141,12 @@ def open_fds() -> set[str]:
             if "memfd" in target:
                 found.add(f"{path.name} {target}")
     return found
+
+
+@pytest.fixture
+def open_fds():
+    """A function that names the memfds that this process has open; what else is open, gRPC opens as it likes."""
+    return _open_memfds
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import open_fds
 
 from xferd.api.errors import (
     DeadlineExceeded,
@@ -28,12 +27,14 @@ from xferd.clients._session_socket import Place, SessionSocket, find_place, hell
 @pytest.fixture
 def listener():
     """A listening socket whose daemon is the test."""
-    with tempfile.TemporaryDirectory(prefix="xf") as folder:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            sock.bind(f"{folder}/s")
-            sock.listen()
-            sock.settimeout(20)
-            yield sock
+    with (
+        tempfile.TemporaryDirectory(prefix="xf") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock,
+    ):
+        sock.bind(f"{folder}/s")
+        sock.listen()
+        sock.settimeout(20)
+        yield sock
 
 
 def place_of(listener: socket.socket) -> Place:
@@ -71,7 +72,7 @@ def test_a_daemon_of_a_stranger_is_not_trusted_in_a_public_folder(listener):
         open_socket(stranger, 1.0)
 
 
-def test_a_late_answer_is_dropped_with_its_descriptors(listener):
+def test_a_late_answer_is_dropped_with_its_descriptors(listener, open_fds):
     client = SessionSocket(place_of(listener), 0.02)
     daemon, _ = listener.accept()
     with daemon:
@@ -133,7 +134,7 @@ async def test_what_comes_instead_of_an_answer_is_a_typed_error(listener, packet
     await waiting.close(1.0)
 
 
-async def test_a_cancelled_exchange_keeps_no_descriptor_and_the_next_one_works(listener):
+async def test_a_cancelled_exchange_keeps_no_descriptor_and_the_next_one_works(listener, open_fds):
     client = AsyncSessionSocket(open_socket(place_of(listener), 20.0), 20.0)
     daemon, _ = listener.accept()
     before = open_fds()
