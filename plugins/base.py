@@ -301,10 +301,10 @@ class PeerTransport(abc.ABC):
         """Close all lanes with a node; chunks under way fail with ``PeerLost``."""
 
     @abc.abstractmethod
-    def quiesce(self, peer: PeerIdentity, transfer_id: str) -> bool:
-        """Refuse further frames of a peer's transfer; return whether none of it is being served any more.
+    async def wait_quiesced(self, peer: PeerIdentity, transfer_id: str) -> None:
+        """Refuse further frames of a peer's transfer, cut the lanes that serve it, return when none does any more.
 
-        Aborts lanes that serve it. The daemon calls it again until it returns true.
+        Takes as long as a grant's windows take to let go; to bound it is the caller's business.
         """
 
     @abc.abstractmethod

@@ -21,7 +21,7 @@ _ID_FIELDS = frozenset({"epoch"})
 
 
 def document(value: object) -> Json:
-    """Return a record of the contract, or a sequence of them, as JSON."""
+    """Return a record of the contract, or a sequence or an object of such, as JSON."""
     if isinstance(value, XferdError):
         return error_document(value)
     if isinstance(value, enum.Flag):
@@ -30,6 +30,8 @@ def document(value: object) -> Json:
         return value.value
     if isinstance(value, list | tuple):
         return [document(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): document(item) for name, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         identifiers = _identifiers(type(value))
         return {

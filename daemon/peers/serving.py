@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-import time
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
     from xferd.daemon.memory.regions import RegionTable
     from xferd.daemon.memory.staging import StagingPool
     from xferd.plugins.base import PeerIdentity, PeerTransport
-
-QUIESCE_LOOK_S = 0.02
-"""How long to wait at most before the transport is asked again: it does not tell when a lane was aborted."""
 
 _log = structlog.get_logger(__name__)
 
@@ -187,32 +183,34 @@ class PeerServing:
         return _done()
 
     async def _quiesce(self, peer: PeerIdentity, transfer_id: str, cause_id: str) -> peer_pb.PeerReply:
-        loop, closed, key = asyncio.get_running_loop(), asyncio.Event(), (peer.node, transfer_id)
-        waiter, began = (loop, closed), time.monotonic()
+        try:
+            async with asyncio.timeout(self._quiesce_timeout_s):
+                await self._transport.wait_quiesced(peer, transfer_id)
+                await self._wait_closed((peer.node, transfer_id))
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"transfer {transfer_id} of node {peer.node!r} still moves bytes here",
+                limit=f"{self._quiesce_timeout_s} s",
+                remedy="ask again; a system call that does not return holds it up",
+            ) from None
+        _log.info("transfer_quiesced", peer=peer.node, transfer=transfer_id, cause_id=cause_id)
+        return _done()
+
+    async def _wait_closed(self, key: tuple[str, str]) -> None:
+        """Return when no grant of a transfer is open; the transport gives it no new one."""
+        closed = asyncio.Event()
+        waiter = (asyncio.get_running_loop(), closed)
         with self._lock:
+            if not self._open.get(key):
+                return
             self._quiescing.setdefault(key, []).append(waiter)
         try:
-            while not self._is_quiet(peer, transfer_id):
-                if time.monotonic() - began >= self._quiesce_timeout_s:
-                    raise DeadlineExceeded(
-                        f"transfer {transfer_id} of node {peer.node!r} still moves bytes here",
-                        limit=f"{self._quiesce_timeout_s} s",
-                        remedy="ask again; a system call that does not return holds it up",
-                    )
-                closed.clear()
-                await _wait(closed, QUIESCE_LOOK_S)
+            await closed.wait()
         finally:
             with self._lock:
                 self._quiescing[key].remove(waiter)
                 if not self._quiescing[key]:
                     del self._quiescing[key]
-        _log.info("transfer_quiesced", peer=peer.node, transfer=transfer_id, cause_id=cause_id)
-        return _done()
-
-    def _is_quiet(self, peer: PeerIdentity, transfer_id: str) -> bool:
-        quiet = self._transport.quiesce(peer, transfer_id)
-        with self._lock:
-            return quiet and not self._open.get((peer.node, transfer_id))
 
     # -- data requests, from lanes' threads
 
@@ -288,8 +286,9 @@ class PeerServing:
         with self._lock:
             del self._holders[holder]
             left = self._open[key] = self._open[key] - 1
-            if not left:
-                del self._open[key]
+            if left:
+                return
+            del self._open[key]
             for loop, closed in self._quiescing.get(key, ()):
                 loop.call_soon_threadsafe(closed.set)
 
@@ -306,12 +305,3 @@ class PeerServing:
 
 def _done() -> peer_pb.PeerReply:
     return peer_pb.PeerReply(done=peer_pb.Done())
-
-
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    """Wait for an event or until the time is over, whichever is first."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        return

@@ -162,10 +162,6 @@ class TcpTransport(PeerTransport):
         if peer is not None:
             peers.drop(peer, reason, goodbye=True)
 
-    def quiesce(self, peer: PeerIdentity, transfer_id: str) -> bool:
-        """Refuse a peer's transfer from now on; return whether no lane serves it any more."""
-        return self._serving.quiesce(peer, transfer_id)
-
     async def wait_quiesced(self, peer: PeerIdentity, transfer_id: str) -> None:
         """Refuse a peer's transfer from now on; return when no lane serves it any more.
 

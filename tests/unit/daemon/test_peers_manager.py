@@ -118,8 +118,8 @@ class Link(PeerTransport):
         for node in list(self.lanes):
             self.cut(node, "connection reset")
 
-    def quiesce(self, peer: PeerIdentity, transfer_id: str) -> bool:
-        return True
+    async def wait_quiesced(self, peer: PeerIdentity, transfer_id: str) -> None:
+        return
 
     def link(self, node: str) -> PeerLinkStatistics:
         return PeerLinkStatistics(lanes=int(node in self.lanes))

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +54,7 @@ from xferd.plugins.base import PeerIdentity, PeerLinkStatistics, PeerTransport
 from xferd.plugins.vectored import copy_local, iov_of, total_nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from xferd.daemon.peers.grants import PeerGrant
@@ -80,11 +79,16 @@ ME = NodeInfo(
 
 
 class Transport(PeerTransport):
-    """Says of a transfer that it is served as long as it is in ``busy``."""
+    """Serves a transfer as long as it is in ``busy``; ``asked`` tells that it was told to let one rest."""
 
     def __init__(self) -> None:
-        self.busy: set[str] = set()
-        self.looks = 0
+        self.busy: dict[str, asyncio.Event] = {}
+        self.asked = asyncio.Event()
+
+    def serve(self, transfer_id: str) -> asyncio.Event:
+        """Serve a transfer until the event is set."""
+        self.busy[transfer_id] = asyncio.Event()
+        return self.busy[transfer_id]
 
     async def listen(self, me: NodeInfo, handler: PeerHandler) -> tuple[str, ...]:
         raise NotImplementedError
@@ -98,9 +102,10 @@ class Transport(PeerTransport):
     async def disconnect(self, node: str, reason: str) -> None:
         raise NotImplementedError
 
-    def quiesce(self, peer: PeerIdentity, transfer_id: str) -> bool:
-        self.looks += 1
-        return transfer_id not in self.busy
+    async def wait_quiesced(self, peer: PeerIdentity, transfer_id: str) -> None:
+        self.asked.set()
+        if transfer_id in self.busy:
+            await self.busy[transfer_id].wait()
 
     def link(self, node: str) -> PeerLinkStatistics:
         raise NotImplementedError
@@ -534,55 +539,56 @@ async def test_an_unknown_request_is_a_violation(house: House) -> None:
         await ask(house)
 
 
-@dataclass
-class Turn:
-    """Lets a test act once a quiesce has looked for the first time."""
-
-    house: House
-
-    async def after_first_look(self, act: Callable[[], object]) -> None:
-        async with asyncio.timeout(5):
-            while not self.house.transport.looks:  # noqa: ASYNC110 -- each turn lets the other task run
-                await asyncio.sleep(0)
-        act()
-
-
 async def test_quiesce_answers_when_the_transport_is_quiet(house: House) -> None:
     assert (await ask(house, quiesce=peer_pb.Quiesce(transfer_id="t1"))).HasField("done")
-    house.transport.looks = 0
-    house.transport.busy.add("t1")
+    house.transport.asked.clear()
+    rest = house.transport.serve("t1")
     asked = asyncio.ensure_future(ask(house, quiesce=peer_pb.Quiesce(transfer_id="t1")))
-    await Turn(house).after_first_look(lambda: house.transport.busy.discard("t1"))
+    await house.transport.asked.wait()
+    assert not asked.done()
+    rest.set()
     assert (await asked).HasField("done")
 
 
 async def test_quiesce_waits_for_open_grants_and_is_woken_by_their_end(house: House) -> None:
     grant = house.serving.open_grant(PEER, TransferOp.READ, house.request(("mapped", 0, 1)))
+    again = house.serving.open_grant(PEER, TransferOp.READ, house.request(("mapped", 0, 1)))
     other = house.serving.open_grant(PEER, TransferOp.READ, house.request(("mapped", 0, 1), transfer="t2"))
     asked = asyncio.ensure_future(ask(house, quiesce=peer_pb.Quiesce(transfer_id="t1")))
-
-    def close() -> None:
+    await house.transport.asked.wait()
+    for open_grant in (again, grant):
         assert not asked.done()
-        thread = threading.Thread(target=grant.close)  # as a lane's thread does
+        thread = threading.Thread(target=open_grant.close)  # as a lane's thread does
         thread.start()
         thread.join()
-
-    await Turn(house).after_first_look(close)
     assert (await asked).HasField("done")
     other.close()
 
 
 async def test_quiesce_gives_up_at_its_deadline(house: House) -> None:
     house.serving = house.make(quiesce_timeout_s=0.0)
-    house.transport.busy.add("t1")
+    house.transport.serve("t1")
     with pytest.raises(DeadlineExceeded, match="t1"):
         await ask(house, quiesce=peer_pb.Quiesce(transfer_id="t1"))
 
 
 async def test_a_cancelled_quiesce_leaves_nothing(house: House) -> None:
-    house.transport.busy.add("t1")
+    grant = house.serving.open_grant(PEER, TransferOp.READ, house.request(("mapped", 0, 1)))
     asked = asyncio.ensure_future(ask(house, quiesce=peer_pb.Quiesce(transfer_id="t1")))
-    await Turn(house).after_first_look(asked.cancel)
+    await house.transport.asked.wait()
+    asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
     assert not house.serving._quiescing
+    grant.close()
+
+
+async def test_an_abort_by_holder_brings_its_grant_to_rest(house: House) -> None:
+    await house.serving.abort("nobody")
+    grant = house.serving.open_grant(PEER, TransferOp.READ, house.request(("mapped", 0, 1)))
+    (hold,) = house.regions.holds()
+    aborting = asyncio.ensure_future(house.serving.abort(hold.owner))
+    await house.transport.asked.wait()
+    grant.close()
+    await aborting
+    assert not house.regions.holds()
