@@ -10,7 +10,7 @@ import grpc
 
 from xferd.api import types as t
 from xferd.api import wire
-from xferd.api.errors import ShortTransfer, Unsupported
+from xferd.api.errors import ShortTransfer, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
 from xferd.clients._aio_session_socket import AsyncSessionSocket
@@ -26,7 +26,7 @@ from xferd.clients._base import (
 )
 from xferd.clients._calls import Call, Methods, bearer, channel_options, wait_slices
 from xferd.clients._errors import error_of
-from xferd.clients._session_socket import close_all, find_place, hello, map_pool, mapped_pool, open_socket
+from xferd.clients._session_socket import close_all, ended, find_place, hello, map_pool, mapped_pool, open_socket
 from xferd.clients.memory import ByteArray, is_mappable
 from xferd.clients.transfers import are_over
 
@@ -195,7 +195,7 @@ class AsyncLink(ClientBase):
                 call.request, metadata=self._metadata(call), timeout=self._timeout_s(call)
             )
         except grpc.RpcError as exc:
-            raise self._error(exc, await self._end_reason()) from exc
+            raise await self._explained(exc, call.is_admin) from exc
         except asyncio.CancelledError:
             self._check_ours()
             raise
@@ -219,7 +219,7 @@ class AsyncLink(ClientBase):
             async for message in stream:
                 yield message
         except grpc.RpcError as exc:
-            raise self._error(exc, await self._end_reason()) from exc
+            raise await self._explained(exc) from exc
         except asyncio.CancelledError:
             self._check_ours()
             raise
@@ -243,7 +243,7 @@ class AsyncLink(ClientBase):
             requests = write_requests(region, offset, data)
             reply = await self._methods["MemoryService.Write"](requests, metadata=self._auth)
         except grpc.RpcError as exc:
-            raise self._error(exc, await self._end_reason()) from exc
+            raise await self._explained(exc) from exc
         except asyncio.CancelledError:
             self._check_ours()
             raise
@@ -278,14 +278,25 @@ class AsyncLink(ClientBase):
 
     # -- the end
 
-    async def _end_reason(self) -> str:
+    async def _explained(self, failure: grpc.RpcError, is_admin: bool = False) -> XferdError:
+        """Return what to raise: why the session ended says more than that its token is dead."""
+        error = self._error(failure)
+        wait_s = self._doubt_s(error, is_admin)
+        reason = "" if wait_s is None else await self._end_reason(wait_s)
+        return ended(reason) if reason else error
+
+    async def _end_reason(self, wait_s: float) -> str:
         if self._socket is not None:
-            return self._socket.end_reason()
-        stream = self._session_stream
-        if stream is None or not stream.done():
-            return ""
+            return await self._socket.end_reason(wait_s)
+        has_ended = asyncio.Event()
+        self._session_stream.add_done_callback(lambda _call: has_ended.set())  # at once, if it has
         try:
-            event = await stream.read()
+            # Not a read with a timeout: a cancelled read would end the stream, and the session with it.
+            async with asyncio.timeout(wait_s):
+                await has_ended.wait()
+            event = await self._session_stream.read()
+        except TimeoutError:
+            return ""
         except grpc.RpcError as exc:
             return error_of(exc, self.target).message
         return event.closing if isinstance(event, pb.SessionEvent) and event.closing else "its stream ended"

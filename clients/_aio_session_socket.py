@@ -24,7 +24,8 @@ class AsyncSessionSocket:
         self._number = 0
         self.timeout_s = timeout_s
         self._waiter: asyncio.Future[tuple[SessionSocketReply, list[int]]] | None = None
-        self._ended = asyncio.Event()
+        self._told = asyncio.Event()  # the end is coming
+        self._ended = asyncio.Event()  # and here it is
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
@@ -51,10 +52,15 @@ class AsyncSessionSocket:
                     _forfeit(waiter)
             return answer_of(*answer)
 
-    def end_reason(self) -> str:
-        """Return why the daemon ended the session, "" while it has not said so."""
-        if not self._ended.is_set() and self._inbox.sock.fileno() >= 0:
+    async def end_reason(self, wait_s: float) -> str:
+        """Return why the daemon ended the session, "" if it has not said so within ``wait_s``."""
+        if not self._inbox.end_reason and not self._ended.is_set() and self._inbox.sock.fileno() >= 0:
             self._on_readable()  # what has arrived, without a turn of the loop
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._told.wait()
+        except TimeoutError:
+            return ""
         return self._inbox.end_reason
 
     async def close(self, linger_s: float) -> None:
@@ -87,9 +93,12 @@ class AsyncSessionSocket:
             return
         except XferdError as exc:
             self._fail(exc)
+            if self._inbox.end_reason:
+                self._told.set()
             return
         if answer is None:
             if self._inbox.end_reason:
+                self._told.set()
                 self._fail(ended(self._inbox.end_reason))
             if self._inbox.end_reason and not _has_more(self._inbox.sock):
                 self._stop_reading()

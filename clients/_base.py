@@ -10,7 +10,6 @@ from xferd.api.errors import Closed, ProtocolViolation, Unauthenticated, Unavail
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients._calls import bearer
 from xferd.clients._errors import error_of
-from xferd.clients._session_socket import ended
 from xferd.clients.memory import STREAM_NBYTES, pool_view
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 60.0
+END_NEWS_S = 1.0
 CLOSE_LINGER_S = 10.0
 """Closing waits this long for the daemon to bring the session's transfers to rest; twice its own default."""
 
@@ -79,14 +79,20 @@ class ClientBase:
     def _timeout_s(self, call: Call[object]) -> float:
         return call.wait_s + self._call_timeout_s
 
-    def _error(self, failure: grpc.RpcError, end_reason: str) -> XferdError:
-        """Return what to raise for a failed call; why the session ended says more than that its token is dead."""
+    def _error(self, failure: grpc.RpcError) -> XferdError:
+        """Return the typed error of a failed call."""
         if self._is_closed:
             return Closed(f"the client of session {self.grant.session} was closed during the call")
-        error = error_of(failure, self.target)
-        if end_reason and isinstance(error, Unauthenticated | Unavailable):
-            return ended(end_reason)
-        return error
+        return error_of(failure, self.target)
+
+    def _doubt_s(self, error: XferdError, is_admin: bool) -> float | None:
+        """Return how long to listen for the end of the session as the reason of an error; None: not at all.
+
+        A session's token lives as long as the session, so that a refused one means that word of its end is coming.
+        """
+        if isinstance(error, Unauthenticated):
+            return None if is_admin else END_NEWS_S
+        return 0.0 if isinstance(error, Unavailable) else None
 
     @contextlib.contextmanager
     def _keeping(self, memory: ByteArray) -> Iterator[None]:

@@ -274,16 +274,16 @@ class SessionSocket:
                     "the daemon did not answer on the session socket", limit=f"{self.timeout_s:g} s"
                 ) from exc
 
-    def end_reason(self) -> str:
-        """Return why the daemon ended the session, "" while it has not said so. Does not wait."""
+    def end_reason(self, wait_s: float) -> str:
+        """Return why the daemon ended the session, "" if it has not said so within ``wait_s``."""
         with self._lock:
             try:
-                self._inbox.sock.setblocking(False)
+                self._inbox.sock.settimeout(wait_s)
                 while not self._inbox.end_reason:
                     answer = self._inbox.take()
                     if answer is not None:
                         close_all(answer[1])
-            except (BlockingIOError, XferdError, ValueError, OSError):
+            except (XferdError, OSError):
                 pass  # nothing to hear, or heard and noted
             return self._inbox.end_reason
 

@@ -9,7 +9,7 @@ import grpc
 
 from xferd.api import types as t
 from xferd.api import wire
-from xferd.api.errors import ShortTransfer, Unsupported
+from xferd.api.errors import ShortTransfer, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
 from xferd.clients._base import (
@@ -24,7 +24,7 @@ from xferd.clients._base import (
 )
 from xferd.clients._calls import Call, Methods, bearer, channel_options, wait_slices
 from xferd.clients._errors import error_of
-from xferd.clients._session_socket import SessionSocket, close_all, find_place, hello, map_pool, mapped_pool
+from xferd.clients._session_socket import SessionSocket, close_all, ended, find_place, hello, map_pool, mapped_pool
 from xferd.clients.memory import ByteArray, is_mappable
 from xferd.clients.transfers import are_over
 
@@ -180,7 +180,7 @@ class SyncLink(ClientBase):
                 call.request, metadata=self._metadata(call), timeout=self._timeout_s(call)
             )
         except grpc.RpcError as exc:
-            raise self._error(exc, self._end_reason()) from exc
+            raise self._explained(exc, call.is_admin) from exc
         return call.parse(reply)
 
     def _wait(self, ids: Sequence[t.TransferId], timeout_s: float | None, *, any_of: bool) -> list[t.TransferStatus]:
@@ -198,7 +198,7 @@ class SyncLink(ClientBase):
         try:
             yield from stream
         except grpc.RpcError as exc:
-            raise self._error(exc, self._end_reason()) from exc
+            raise self._explained(exc) from exc
         finally:
             stream.cancel()
 
@@ -214,7 +214,7 @@ class SyncLink(ClientBase):
         try:
             reply = self._methods["MemoryService.Write"](write_requests(region, offset, data), metadata=self._auth)
         except grpc.RpcError as exc:
-            raise self._error(exc, self._end_reason()) from exc
+            raise self._explained(exc) from exc
         return int(reply.nbytes)
 
     # -- the session socket
@@ -241,14 +241,21 @@ class SyncLink(ClientBase):
 
     # -- the end
 
-    def _end_reason(self) -> str:
+    def _explained(self, failure: grpc.RpcError, is_admin: bool = False) -> XferdError:
+        """Return what to raise: why the session ended says more than that its token is dead."""
+        error = self._error(failure)
+        wait_s = self._doubt_s(error, is_admin)
+        reason = "" if wait_s is None else self._end_reason(wait_s)
+        return ended(reason) if reason else error
+
+    def _end_reason(self, wait_s: float) -> str:
         if self._socket is not None:
-            return "" if self._is_closed else self._socket.end_reason()
-        stream = self._session_stream
-        if stream is None or stream.is_active():
+            return self._socket.end_reason(wait_s)
+        has_ended = threading.Event()
+        if self._session_stream.add_callback(has_ended.set) and not has_ended.wait(wait_s):
             return ""
         try:
-            return next((event.closing for event in stream if event.closing), "its stream ended")
+            return next((event.closing for event in self._session_stream if event.closing), "its stream ended")
         except grpc.RpcError as exc:
             return error_of(exc, self.target).message
 

@@ -110,7 +110,7 @@ def expect(
     return wanted
 
 
-@pytest.mark.parametrize(("mine", "theirs"), itertools.product(KINDS, KINDS))
+@pytest.mark.parametrize(("mine", "theirs"), list(itertools.product(KINDS, KINDS)))
 @pytest.mark.parametrize("op", ["READ", "WRITE"])
 @pytest.mark.parametrize("where", ["same node", "across nodes"])
 def test_scattered_blocks_between_all_kinds(clients, pair, where: str, op: str, mine: str, theirs: str) -> None:

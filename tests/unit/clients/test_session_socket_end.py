@@ -158,7 +158,7 @@ async def test_the_reason_of_the_end_is_heard_without_asking(listener):
     client = AsyncSessionSocket(open_socket(place_of(listener), 20.0), 20.0)
     daemon, _ = listener.accept()
     daemon.send(answer(closing="drained"))
-    assert client.end_reason() == "drained"
+    assert await client.end_reason(0.0) == "drained"
     daemon.close()
     with pytest.raises(XferdError, match="drained"):
         await client.exchange(map_pool(""))

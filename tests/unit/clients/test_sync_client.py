@@ -340,15 +340,17 @@ def test_a_session_over_grpc_alone_reads_and_writes_by_calls(threaded):
         assert region.read(5, 0) == b""
         with pytest.raises(OutOfBounds):
             region.read(5, region.nbytes)
-        with pytest.raises(Unsupported, match="read.. and write"):
+        with pytest.raises(Unsupported, match=r"read\(\) and write"):
             region.array()
         with pytest.raises(Unsupported, match="gRPC alone"):
             client.register_memfd(100)
         with pytest.raises(Unsupported):
             client.register(np.zeros(1))
         threaded.run(threaded.engine.end_session(session.session, "operator"))
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match="operator"):
             client.allocate(1)
+        with pytest.raises(Unavailable):
+            region.read()
 
 
 def test_nobody_at_the_target_is_unavailable(tmp_path):
@@ -375,7 +377,7 @@ def test_threads_share_a_client(threaded, client):
         try:
             for block in range(number, 64, 4):
                 client.write(a.blocks(block, 64), b.blocks(block, 64))
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001 - told by the test
             failures.append(exc)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
@@ -399,7 +401,14 @@ def test_a_list_of_100000_descriptors_is_one_message(threaded, client):
 
 @pytest.mark.slow
 def test_a_killed_client_leaves_nothing(threaded):
-    script = "import sys; from xferd.clients import Client; c = Client.connect(sys.argv[1]); c.allocate(4096); print(1, flush=True); input()"
+    script = """if True:
+        import sys
+        from xferd.clients import Client
+        client = Client.connect(sys.argv[1])
+        client.allocate(4096)
+        print(1, flush=True)
+        input()
+    """
     with subprocess.Popen(
         [sys.executable, "-c", script, str(threaded.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
