@@ -18,6 +18,7 @@ from xferd.clients._base import (
     CALL_TIMEOUT_S,
     CLOSE_LINGER_S,
     CONNECT_TIMEOUT_S,
+    END_NEWS_S,
     ClientBase,
     needs_socket,
     no_answer,
@@ -288,13 +289,11 @@ class AsyncLink(ClientBase):
     async def _end_reason(self, wait_s: float) -> str:
         if self._socket is not None:
             return await self._socket.end_reason(wait_s)
-        has_ended = asyncio.Event()
-        self._session_stream.add_done_callback(lambda _call: has_ended.set())  # at once, if it has
+        if not wait_s and not self._session_stream.done():
+            return ""  # a read that is given up ends the stream, and with it the session if that still lives
         try:
-            # Not a read with a timeout: a cancelled read would end the stream, and the session with it.
-            async with asyncio.timeout(wait_s):
-                await has_ended.wait()
-            event = await self._session_stream.read()
+            async with asyncio.timeout(END_NEWS_S):
+                event = await self._session_stream.read()
         except TimeoutError:
             return ""
         except grpc.RpcError as exc:

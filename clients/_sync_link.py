@@ -16,6 +16,7 @@ from xferd.clients._base import (
     CALL_TIMEOUT_S,
     CLOSE_LINGER_S,
     CONNECT_TIMEOUT_S,
+    END_NEWS_S,
     ClientBase,
     needs_socket,
     no_answer,
@@ -251,13 +252,17 @@ class SyncLink(ClientBase):
     def _end_reason(self, wait_s: float) -> str:
         if self._socket is not None:
             return self._socket.end_reason(wait_s)
-        has_ended = threading.Event()
-        if self._session_stream.add_callback(has_ended.set) and not has_ended.wait(wait_s):
-            return ""
+        stream = self._session_stream
+        if not wait_s and stream.is_active():
+            return ""  # a read that is given up ends the stream, and with it the session if that still lives
+        guard = threading.Timer(END_NEWS_S, stream.cancel)  # a blocking read of a stream knows no timeout
+        guard.start()
         try:
-            return next((event.closing for event in self._session_stream if event.closing), "its stream ended")
+            return next((event.closing for event in stream if event.closing), "its stream ended")
         except grpc.RpcError as exc:
             return error_of(exc, self.target).message
+        finally:
+            guard.cancel()
 
     def _close_stream(self) -> None:
         """Ask for the end, which answers when all is released, and let the stream go."""

@@ -89,9 +89,7 @@ class LanguageModel:
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt, with the marks of a chat around it."""
         message = [{"role": "user", "content": prompt}]
-        ids = self._tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        ids = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
         return [int(token) for token in ids]
 
     def prefill(self, tokens: Sequence[int]) -> Any:

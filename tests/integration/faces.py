@@ -421,7 +421,10 @@ def request(
     """Ask the REST face; ``raw`` is sent as octets. Returns the status, and a document or bytes."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     if body is not None:
-        raw, headers["Content-Type"] = body if isinstance(body, bytes) else json.dumps(body).encode(), "application/json"
+        raw, headers["Content-Type"] = (
+            body if isinstance(body, bytes) else json.dumps(body).encode(),
+            "application/json",
+        )
     elif raw is not None:
         headers["Content-Type"] = "application/octet-stream"
     with contextlib.closing(_UnixConnection(str(daemon.admin_socket))) as connection:
@@ -433,7 +436,7 @@ def request(
         return answer.status, json.loads(data) if is_document else data
 
 
-FACES: dict[str, type[GrpcFace] | type[RestFace]] = {"grpc": GrpcFace, "rest": RestFace}
+FACES: dict[str, type[GrpcFace | RestFace]] = {"grpc": GrpcFace, "rest": RestFace}
 
 
 def longest_gap_s(ask: Any, is_over: Any) -> float:

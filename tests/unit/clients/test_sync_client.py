@@ -324,7 +324,6 @@ def test_without_the_admin_token_pools_are_those_of_the_grant(threaded, client):
 
 def test_the_daemons_reason_is_told_instead_of_a_dead_token(threaded, client):
     threaded.run(threaded.engine.end_session(client.grant.session, "maintenance"))
-    threaded.run(threaded.sockets.aclose())
     with pytest.raises(Unavailable, match="maintenance"):
         client.allocate(1)
 

@@ -223,7 +223,7 @@ async def serving(engine: FakeEngine, folder: Path, **options: object) -> AsyncI
     assert not engine.live
     assert not path.exists()
     assert asyncio.all_tasks() == tasks
-    assert open_fds() == fds
+    assert open_fds() <= fds  # fewer where what an earlier test left to the collector goes meanwhile
 
 
 async def test_hello_gives_a_session_with_the_kernels_word_on_who_asks(engine, folder):
@@ -293,7 +293,7 @@ async def test_a_bad_request_is_answered_and_its_fds_are_closed(engine, folder, 
             with pytest.raises(XferdError, match=message):
                 raise error_of(reply)
             assert reply.request_id == 2
-            assert open_fds() == fds
+            assert open_fds() <= fds  # fewer where what an earlier test left to the collector goes meanwhile
             reply, [fd] = await client.ask(map_pool=sp.MapPool())  # and the session goes on
             os.close(fd)
         assert not engine.registered
