@@ -6,7 +6,6 @@ daemons are started by systemd (``systemd/``).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -15,6 +14,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
 LOG_TAIL_NBYTES = 4000
+
+_FOREIGN = ("XFERD_", "LISTEN_", "WATCHDOG_", "NOTIFY_", "RUNTIME_DIRECTORY")
+"""Environment of whoever starts us that must not reach our daemons."""
 
 
 class Node:
@@ -131,14 +135,14 @@ class Nodes:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, _log_path(run_dir).open("ab") as log:
             address = str(self.root / f"{run_dir.name}.notify")
             notify.bind(address)
-            notify.settimeout(0.2)
-            environ = {key: value for key, value in os.environ.items() if not key.startswith("XFERD_")}
+            environ = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
             process = subprocess.Popen(
                 [sys.executable, "-m", "xferd.daemon.cli", "serve", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environ | {"NOTIFY_SOCKET": address},
+                process_group=0,  # Ctrl-C is for whoever started us, who then stops the daemon in order
             )
             try:
                 ready = _is_ready(notify, process)
@@ -158,12 +162,17 @@ class Nodes:
 
 def _is_ready(notify: socket.socket, process: subprocess.Popen[bytes]) -> bool:
     """Return whether the daemon says READY before it ends, or the time is over."""
-    for _ in range(int(START_TIMEOUT_S / 0.2)):
-        with contextlib.suppress(TimeoutError):
-            if b"READY=1" in notify.recv(4096):
+    deadline = time.monotonic() + START_TIMEOUT_S
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        while (left_s := deadline - time.monotonic()) > 0:
+            heard = wait([notify.fileno(), pidfd], left_s)
+            if notify.fileno() in heard and b"READY=1" in notify.recv(65536).split(b"\n"):
                 return True
-        if process.poll() is not None:
-            return False
+            if pidfd in heard:
+                return False
+    finally:
+        os.close(pidfd)
     return False
 
 

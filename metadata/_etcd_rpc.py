@@ -75,7 +75,6 @@ _BY_TEXT: tuple[tuple[str, type[XferdError]], ...] = (
     ("invalid auth token", Unauthenticated),
     ("revision of auth store is old", Unauthenticated),
     ("user name is empty", Unauthenticated),
-    ("authentication is not enabled", Unauthenticated),
     ("request is too large", LimitExceeded),
 )
 
@@ -214,8 +213,6 @@ class Connection:
     def _translate(self, exc: grpc.aio.AioRpcError) -> XferdError:
         text = exc.details() or exc.code().name
         kind = next((kind for part, kind in _BY_TEXT if part in text), None)
-        if kind is Unauthenticated and "not enabled" in text:
-            kind = InvalidState
         if kind is None:
             kind = _ERRORS.get(exc.code(), InternalError)
         return kind(f"etcd at {self.endpoint}: {text}", remedy=_REMEDIES.get(kind, ""))

@@ -25,6 +25,7 @@ from xferd.api.errors import (
     Unsupported,
 )
 from xferd.api.types import NodeInfo
+from xferd.metadata._watching import Watch
 from xferd.metadata.base import NodeChange, Store
 
 if TYPE_CHECKING:
@@ -226,10 +227,12 @@ class EmbeddedStore(Store):
                     remedy="correct metadata.embedded.peers, or the node's node.name",
                 )
             )
-        if len(failures) == 1:
+        if len(failures) == 1 and isinstance(failures[0], PeerUnknown):
             raise failures[0]
         told = "; ".join(failure.message for failure in failures)
-        raise PeerLost(f"node {name!r} answers at none of its addresses: {told}") from failures[-1]
+        raise PeerLost(
+            f"node {name!r} answers at none of its addresses: {told}", remedy="check that it runs and listens there"
+        ) from failures[-1]
 
     def _take(self, node: NodeInfo, *, loaded: bool) -> None:
         entry = _Entry(node, loaded)
@@ -257,43 +260,6 @@ class EmbeddedStore(Store):
     def _check_open(self) -> None:
         if self._closed:
             raise Closed("the metadata store is closed")
-
-
-class Watch:
-    """What ``EmbeddedStore.watch`` returns: iterates over changes; ends when it or the store is closed.
-
-    Changes wait here until they are asked for; whoever lets go of a watch need not close it.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._changes: asyncio.Queue[NodeChange | None] = asyncio.Queue()
-        self._ended = False
-
-    def __aiter__(self) -> Watch:
-        return self
-
-    async def __anext__(self) -> NodeChange:
-        change = await self._changes.get()
-        if change is None:
-            self._changes.put_nowait(None)
-            raise StopAsyncIteration
-        return change
-
-    async def aclose(self) -> None:
-        """End the iteration. Twice is fine."""
-        self.end()
-
-    def tell(self, change: NodeChange) -> None:
-        """Queue a change if the watch is for its node."""
-        if not self._ended and self._name in ("", change.name):
-            self._changes.put_nowait(change)
-
-    def end(self) -> None:
-        """End the iteration after what is queued."""
-        if not self._ended:
-            self._ended = True
-            self._changes.put_nowait(None)
 
 
 def _addresses(peers: Sequence[StaticPeer]) -> dict[str, str]:

@@ -19,6 +19,9 @@ RECORD_VERSION = 1
 MAX_RECORD_NBYTES = 256 << 10
 """A record lists one node's addresses and agents; anything larger is rubbish."""
 
+MAX_AGENT_NBYTES = 4 << 10
+"""An agent's record says whose it is and little else."""
+
 _KINDS = {kind.value: kind for kind in MemoryKind}
 _log = structlog.get_logger(__name__)
 
@@ -49,15 +52,39 @@ def node_from_bytes(raw: bytes, *, where: str) -> NodeInfo | None:
         return None
 
 
-def _node(raw: bytes) -> NodeInfo:
-    if len(raw) > MAX_RECORD_NBYTES:
-        raise ValueError(f"larger than {MAX_RECORD_NBYTES} bytes")
+def agent_to_bytes(node: str, agent: str) -> bytes:
+    """Return the record of one agent of a node, where agents have records of their own."""
+    record = {"record_version": RECORD_VERSION, "name": agent, "node": node}
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def agent_from_bytes(raw: bytes, *, where: str) -> tuple[str, str] | None:
+    """Return (node, agent), or None where the bytes are no agent's record; ``where`` is for the log line."""
+    try:
+        record = _object(raw, MAX_AGENT_NBYTES)
+        node, agent = _text(record, "node"), _text(record, "name")
+        if not node or not agent:
+            raise ValueError("node or name is missing")
+    except (ValueError, OverflowError, RecursionError) as exc:
+        _log.warning("record_skipped", where=where, nbytes=len(raw), problem=str(exc) or type(exc).__name__)
+        return None
+    return node, agent
+
+
+def _object(raw: bytes, limit: int) -> dict[str, object]:
+    if len(raw) > limit:
+        raise ValueError(f"larger than {limit} bytes")
     record = json.loads(raw)
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     version = _number(record, "record_version")
     if version != RECORD_VERSION:
         raise ValueError(f"record version {version}, this xferd reads {RECORD_VERSION}")
+    return record
+
+
+def _node(raw: bytes) -> NodeInfo:
+    record = _object(raw, MAX_RECORD_NBYTES)
     name, node_id, epoch = _text(record, "name"), _text(record, "id"), _number(record, "epoch")
     if not name or not node_id or epoch < 1:
         raise ValueError("name, id or epoch is missing")

@@ -201,7 +201,7 @@ def read_file(fd: int, offset: int, target: IovTable) -> int:
             raise _failed("preadv", code, done, want)
         if moved == 0:
             raise ShortTransfer(
-                f"the file ended after {done} of {want} bytes at offset {offset}",
+                f"the file {_path_of(fd)} ended after {done} of {want} bytes at offset {offset}",
                 limit=f"file size {os.fstat(fd).st_size}",
                 remedy="the file is shorter than its region: it was cut after it was registered",
             )
@@ -352,6 +352,14 @@ def iov_of(buffer: memoryview | bytearray | bytes) -> IovTable:
     """Return a one-row table over a contiguous buffer; the caller keeps the buffer alive while it is used."""
     view = np.frombuffer(buffer, dtype=np.uint8)
     return np.array([[view.ctypes.data, view.nbytes]], dtype=np.uint64)
+
+
+def _path_of(fd: int) -> str:
+    """Return the path of an open file for a message; asked for in failure only."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return f"of descriptor {fd}"
 
 
 def _failed(call: str, code: int, done: int, want: int) -> MoveFailed:

@@ -86,9 +86,8 @@ STREAM = Case(Place.LIMIT, "stream")
 def standard_cases(*, quick: bool = False) -> tuple[Case, ...]:
     """Return what ``make bench`` runs."""
     shapes = QUICK_SHAPES if quick else SHAPES
-    limits = [Case(Place.LIMIT, "memcpy", block, batch) for block, batch in shapes]
-    if MEMCPY not in limits:
-        limits.append(MEMCPY)
+    limited = dict.fromkeys((*shapes, (LIST_NBYTES, LIST_ROWS), (MEMCPY.block_nbytes, MEMCPY.batch)))
+    limits = [Case(Place.LIMIT, "memcpy", block, batch) for block, batch in limited]
     roads = ((Place.LOCAL, "WRITE"), (Place.TCP, "READ"), (Place.TCP, "WRITE"))
     moves = [Case(place, op, block, batch) for place, op in roads for block, batch in shapes]
     return (*limits, STREAM, *moves, ECHO, NODE, SUBMIT, EXPLAIN, MOVE_LIST)

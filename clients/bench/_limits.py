@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 import socket
 import subprocess
@@ -46,9 +47,15 @@ class Memcpy(System):
     def probe(self, case: Case) -> Probe:
         """Return a probe on memory that all probes share."""
         if not len(self._source):
-            self._source = np.ones(self._region_nbytes, np.uint8)  # written, or all pages were one page of zeros
-            self._target = np.ones(self._region_nbytes, np.uint8)
+            self._source, self._target = _shared(self._region_nbytes), _shared(self._region_nbytes)
         return MemcpyProbe(case, self._source, self._target)
+
+
+def _shared(nbytes: int) -> ByteArray:
+    """Return shared memory, the kind that pools are of: page tables and huge pages are as theirs."""
+    array = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    array[:] = 1  # present, and not all one page of zeros
+    return array
 
 
 class MemcpyProbe(Probe):

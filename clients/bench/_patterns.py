@@ -83,7 +83,7 @@ class Blocks:
                 return Fault(self._diagnose(int(self.words[block, first + word]), visit), block, int(first + word))
         if int(np.count_nonzero(self.words)) == len(rows) * self.block_words:
             return None
-        outside = self.words.any(axis=1)
+        outside: NDArray[np.bool_] = np.asarray(self.words.any(axis=1))
         outside[rows] = False
         block = int(np.argmax(outside))
         return Fault("stray", block, int(np.argmax(self.words[block] != 0)))

@@ -33,7 +33,7 @@ class Probe(abc.ABC):
     def __init__(self, case: Case) -> None:
         self.case = case
 
-    def begin(self, visit: int) -> None:
+    def begin(self, visit: int) -> None:  # noqa: B027 - many have nothing to get ready
         """Get ready for a visit, untimed: new positions, new bytes. Visits count from 1 over the whole run."""
 
     def run(self) -> list[Sample]:

@@ -66,7 +66,7 @@ def _row(series: Series, ratios: dict[str, float]) -> Row:
     samples = [sample for visit in series.visits for sample in visit.samples]
     seconds = np.array([sample.seconds for sample in samples])
     moved = sum(sample.nbytes for sample in samples)
-    is_moving = moved > 0 and series.case.op != "explain"
+    is_moving = moved > 0 and series.case.place is not Place.CONTROL
     speeds = np.array([sample.nbytes for sample in samples]) / seconds / 1e9
     server_s = sum(visit.server_cpu_s for visit in series.visits)
     client_s = sum(visit.client_cpu_s for visit in series.visits)

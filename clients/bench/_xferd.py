@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import grpc
@@ -18,7 +15,7 @@ from xferd.clients.bench._cases import Case, Place
 from xferd.clients.bench._cpu import cpu_of
 from xferd.clients.bench._patterns import Blocks
 from xferd.clients.bench._probes import Probe, System
-from xferd.clients.nodes import Cluster
+from xferd.clients.nodes import Nodes
 from xferd.clients.sync import Client
 
 if TYPE_CHECKING:
@@ -48,14 +45,13 @@ class Xferd(System):
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            folder = Path(tempfile.mkdtemp(prefix="xferd-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            pool_nbytes = 2 * self._region_nbytes + SLACK_NBYTES
-            self._cluster = stack.enter_context(Cluster(folder, ("a", "b"), pool_nbytes=pool_nbytes))
-            self._near, self._far = (
-                stack.enter_context(Client.connect(node.session_socket, agent=f"bench-{node.spec.name}"))
-                for node in self._cluster.nodes
-            )
+            nodes = stack.enter_context(Nodes())
+            pool = f'pools=[{{name="host", nbytes={2 * self._region_nbytes + SLACK_NBYTES}}}]'
+            a = nodes.start("a", settings=[pool])
+            b = nodes.start("b", peers=[a], settings=[pool])
+            self._pids = [a.pid, b.pid]
+            self._near = stack.enter_context(Client.connect(a.session_socket, agent="bench"))
+            self._far = stack.enter_context(Client.connect(b.session_socket, agent="bench"))
             self._regions: dict[str, Region] = {}
             for client, node in ((self._near, "a"), (self._far, "b")):
                 sizes = [self._region_nbytes] * 2
@@ -85,14 +81,13 @@ class Xferd(System):
 
     def probe(self, case: Case) -> Probe:
         """Return the probe of a case."""
-        pids = [node.pid for node in self._cluster.nodes]
         if case == cases.ECHO:
-            return CallProbe(case, self._echo(), pids)
+            return CallProbe(case, self._echo(), self._pids)
         if case == cases.NODE:
-            return CallProbe(case, lambda: self._near.node(), pids)
-        return self._mover(case, pids)
+            return CallProbe(case, lambda: self._near.node(), self._pids)
+        return self._mover(case)
 
-    def _mover(self, case: Case, pids: list[int]) -> MoveProbe:
+    def _mover(self, case: Case) -> MoveProbe:
         op = TransferOp.READ if case.op == "READ" else TransferOp.WRITE
         client, source, target = self._near, "a.source", "a.target"
         if case.place is Place.TCP:
@@ -108,7 +103,7 @@ class Xferd(System):
             blocks[remote],
             Blocks(self._regions[source].array(), case.block_nbytes),
             Blocks(self._regions[target].array(), case.block_nbytes),
-            pids,
+            self._pids,
         )
 
     def _list(self, client: Client, region: str, case: Case) -> Callable[[Rows], ListLike]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -161,10 +162,10 @@ def _libraries() -> tuple[Any, Any]:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
     import torch
     import transformers
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet: Any = import_module("transformers.utils.logging")
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     torch.set_num_threads(THREADS)
     return torch, transformers
 

@@ -103,7 +103,7 @@ def gather(layers: Sequence[FloatArray], table: BlockTable, out: FloatArray) -> 
 
 
 def all_blocks(geometry: Geometry, regions: Sequence[RegionInfo]) -> DescriptorList:
-    """Return a list of every block of a cache, one region a layer, to be prepared once; ``block_rows`` picks from it."""
+    """Return every block of a cache of one region a layer: a list to be prepared once, for ``block_rows`` to pick from."""
     ids = np.array([region.id for region in regions], dtype=np.uint64)
     if len(ids) != geometry.layers:
         raise ValueError(f"{len(ids)} regions for {geometry.layers} layers")

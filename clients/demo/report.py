@@ -115,7 +115,8 @@ class Screen:
     def paragraph(self, heading: str, text: str) -> None:
         """Show a heading and text of any length."""
         if not self._quiet:
-            print(f"\n{heading}\n{textwrap.fill(' '.join(text.split()), WIDTH, **_INDENT)}", flush=True)
+            lines = textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
+            print("\n".join(["", heading, *lines]), flush=True)
 
     def table(self, title: str, rows: Sequence[Row]) -> None:
         """Show the table."""
@@ -149,9 +150,6 @@ class Screen:
         if not self._quiet:
             print()
         print(summary.to_json(), flush=True)
-
-
-_INDENT = {"initial_indent": "  ", "subsequent_indent": "  "}
 
 
 def _cells(row: Row) -> list[str]:

@@ -74,11 +74,13 @@ class Worker:
     def stop(self) -> None:
         """Let the worker end, and make it end if it does not."""
         self._pipe.close()
-        for end in (lambda: None, self._process.terminate, self._process.kill):
-            end()
+        self._process.join(STOP_TIMEOUT_S)
+        if self._process.exitcode is None:
+            self._process.terminate()
             self._process.join(STOP_TIMEOUT_S)
-            if self._process.exitcode is not None:
-                break
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
         self._process.close()
 
     def abort(self) -> None:

@@ -20,7 +20,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from xferd.api.errors import Closed, ConfigError, InvalidArgument
+from xferd.api.errors import Closed, ConfigError, InvalidArgument, PoolExhausted
 from xferd.api.types import MemoryKind, PoolInfo
 from xferd.daemon.memory.allocator import ExtentAllocator
 from xferd.daemon.memory.mapping import Mapping
@@ -77,7 +77,12 @@ class HostPool:
         """
         with self._lock:
             self._check_open()
-            return self._allocator.allocate_group(sizes)
+            try:
+                return self._allocator.allocate_group(sizes)
+            except PoolExhausted as full:
+                raise PoolExhausted(
+                    f"pool {self.name!r}: {full.message}", limit=full.limit, remedy=full.remedy
+                ) from full
 
     def free(self, offset: int) -> None:
         """Wipe an extent and give it back; no byte of it may be moving. See ``free_group``."""

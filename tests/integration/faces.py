@@ -197,8 +197,9 @@ class GrpcFace:
         request = pb.AllocateRequest(pool=pool, nbytes=nbytes, access=f"ACCESS_{access}", label=label)
         return [region.id for region in self.ask(self.memory.Allocate, request).regions]
 
-    def register_file(self, path: str, **options: Any) -> int:
-        return int(self.ask(self.memory.RegisterFile, pb.RegisterFileRequest(path=path, **options)).id)
+    def register_file(self, path: str, *, access: str = "NONE", **options: Any) -> int:
+        request = pb.RegisterFileRequest(path=path, access=f"ACCESS_{access}", **options)
+        return int(self.ask(self.memory.RegisterFile, request).id)
 
     def register_private(self, address: int, nbytes: int) -> int:
         request = pb.RegisterPrivateRequest(address=address, nbytes=nbytes)

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import struct
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -68,11 +69,18 @@ def open_face(request: pytest.FixtureRequest) -> Iterator[Callable[..., Face]]:
 
 
 @pytest.fixture
+def one_face(pair: Daemons, no_leaks: Callable[..., None]) -> Iterator[Callable[[str], Face]]:
+    """Opens a session through the face that a test is about, for what only that face has."""
+    no_leaks(*pair)
+    with ExitStack() as stack:
+        yield lambda kind: stack.enter_context(closing(FACES[kind](pair[1], "mallory")))
+
+
+@pytest.fixture
 def face(pair: Daemons, no_leaks: Callable[..., None], open_face: Callable[..., Face]) -> Face:
     """Who misbehaves. Afterwards its daemon, and the other one, are as they were before."""
     no_leaks(*pair)
-    made = open_face(pair[1], "mallory")
-    return made
+    return open_face(pair[1], "mallory")
 
 
 @pytest.fixture
@@ -231,7 +239,8 @@ def test_a_descriptor_past_its_region(face: Face, far: Face, offset: int, nbytes
         (Rows([], [], []), ("no descriptors",)),
         (Rows([1, 1, 1], [0, 8], [8, 8]), ("region", 3, 2)),
         (Rows([1], [0, 8, 16], [8, 8]), ("nbytes", 2, 3)),
-        (Rows([1], [], [8]), ("region", 1, 0)),
+        (Rows([1], [], [8]), ("no descriptors",)),
+        (Rows([1, 1], [], [8]), ("region", 2, 0)),
         (Strides(1, 0, 8, 16, 0), ("run 0",)),
         (Strides(1, 0, 8, 1 << 62, 8), ("run 0", 7 * (1 << 62) + 8)),
         (Strides(1, U64, 1, 0, 1), ("run 0", U64 + 1)),
@@ -251,10 +260,9 @@ def test_malformed_lists(face: Face, bad: Rows | Strides, named: tuple[object, .
 
 
 @pytest.mark.parametrize("column", ["region", "offset", "nbytes"])
-def test_misaligned_column_bytes(pair: Daemons, no_leaks: Callable[..., None], column: str) -> None:
+def test_misaligned_column_bytes(one_face: Callable[[str], Face], column: str) -> None:
     """Packed columns are a thing of gRPC; of REST it is numbers that are none."""
-    no_leaks(*pair)
-    face = FACES["grpc"](pair[1], "mallory")
+    face = one_face("grpc")
     (mine,) = face.allocate(SIZE)
     columns = {"region": struct.pack("<Q", mine), "offset": bytes(8), "nbytes": struct.pack("<Q", 1)}
     columns[column] += b"abc"
@@ -265,21 +273,19 @@ def test_misaligned_column_bytes(pair: Daemons, no_leaks: Callable[..., None], c
     with refuses(InvalidDescriptor, "index", 3, limit="multiple of 4"):
         ref = pb.DescriptorList(prepared=pb.PreparedRef(handle=handle, index=b"abc"))
         face.ask(face.transfers.Submit, pb.SubmitRequest(op=1, local=ref, remote=ref))
-    with refuses(InvalidArgument):
+    with refuses(InvalidDescriptor, "no form"):
         face.ask(face.transfers.Prepare, pb.PrepareRequest())
     with refuses(InvalidArgument, "op"):
         good = pb.DescriptorList(prepared=pb.PreparedRef(handle=handle))
         face.ask(face.transfers.Submit, pb.SubmitRequest(local=good, remote=good))
-    face.close()
 
 
 @pytest.mark.parametrize(
     ("value", "named"),
     [(-1, "-1"), (1 << 64, str(1 << 64)), (1.5, "float"), ("ten", "ten"), (None, "NoneType"), ([1], "list")],
 )
-def test_numbers_that_are_none(pair: Daemons, no_leaks: Callable[..., None], value: object, named: str) -> None:
-    no_leaks(*pair)
-    face = FACES["rest"](pair[1], "mallory")
+def test_numbers_that_are_none(one_face: Callable[[str], Face], value: object, named: str) -> None:
+    face = one_face("rest")
     (mine,) = face.allocate(SIZE)
     for column in ("region", "offset", "nbytes"):
         columns = {"region": [mine], "offset": [0], "nbytes": [1]} | {column: [value]}
@@ -287,17 +293,14 @@ def test_numbers_that_are_none(pair: Daemons, no_leaks: Callable[..., None], val
             face.ask("POST", "/v1/prepared", {"columns": columns})
     with refuses(InvalidArgument, "nbytes"):
         face.ask("POST", "/v1/regions", {"kind": "allocate", "nbytes": [value]})
-    face.close()
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[]", b"null", b'{"op": "READ"}', b"\xff\xfe", b'{"colums": {}}'])
-def test_bodies_that_are_no_request(pair: Daemons, no_leaks: Callable[..., None], body: bytes) -> None:
-    no_leaks(*pair)
-    face = FACES["rest"](pair[1], "mallory")
+def test_bodies_that_are_no_request(one_face: Callable[[str], Face], body: bytes) -> None:
+    face = one_face("rest")
     for path in ("/v1/transfers", "/v1/prepared", "/v1/regions"):
         with refuses(InvalidArgument):
             face.ask("POST", path, body or b" ")
-    face.close()
 
 
 def test_totals_that_differ(face: Face, far: Face) -> None:
@@ -403,7 +406,7 @@ def test_a_full_pool_gives_all_or_nothing(pair: Daemons, face: Face) -> None:
     (held,) = face.allocate(POOL_NBYTES - (1 << 20))
     before = pair[1].footprint()["used_nbytes"]
     for group in ([(1 << 20) + 1], [4096] * 200 + [1 << 20], [POOL_NBYTES], [1 << 62, 1 << 62], [U64] * 4):
-        with refuses(PoolExhausted, "host", max(sum(group), 1)):
+        with refuses(PoolExhausted, "host", limit=str(POOL_NBYTES)):
             face.allocate(*group)
         assert pair[1].footprint()["used_nbytes"] == before
     with refuses(InvalidArgument, 0):
@@ -487,7 +490,7 @@ def test_a_file_that_is_shorter_than_the_read(pair: Daemons, face: Face, far: Fa
     status = face.submit("READ", row(mine, 0, 3 << 20), row(region, 0, 3 << 20, node))
     assert status["state"] == "FAILED", status
     assert status["error"]["code"] == "short_transfer", status
-    assert "shrinks" in status["error"]["message"] or str(region) in status["error"]["message"], status
+    assert "shrinks" in status["error"]["message"], status
     status = face.submit("READ", row(mine, 0, 1 << 20), row(region, 0, 1 << 20, node))
     assert status["state"] == "DONE", status
     if not node:
@@ -616,13 +619,13 @@ def test_a_wrong_secret_joins_nothing(cluster: Cluster, pair: Daemons, no_leaks:
     no_leaks(*pair)
     stranger = cluster.make("stranger", peers=(pair[0],))
     face = FACES["grpc"](stranger)
-    with refuses(PeerLost, "a", "secret"):
+    with refuses(Unauthenticated, "'a'", "secret"):
         face.regions("a")
-    with refuses(PeerLost, "a", "secret"):
+    with refuses(Unauthenticated, "'a'", "secret"):
         face.notify("bob@a")
     face.close()
     rest = FACES["rest"](stranger)
-    with refuses(PeerLost, "a", "secret"):
+    with refuses(Unauthenticated, "'a'", "secret"):
         rest.regions("a")
     rest.close()
     assert "stranger" not in [peer["node"]["name"] for peer in pair[0].get("/v1/peers")[1]["peers"]]
@@ -650,7 +653,7 @@ def test_rubbish_on_the_session_socket(pair: Daemons, no_leaks: Callable[..., No
         sock.connect(str(pair[0].session_socket))
         sock.send(said)
         reply = session_pb.SessionSocketReply.FromString(sock.recv(65536))
-        assert reply.error.code in ("protocol_violation", "invalid_argument"), reply
+        assert reply.error.code in ("protocol_violation", "invalid_argument", "unsupported"), reply
         assert reply.error.message
         assert reply.error.remedy
         assert sock.recv(65536) == b""  # and it hangs up
@@ -672,11 +675,8 @@ def test_rubbish_after_hello_ends_that_session_only(pair: Daemons, no_leaks: Cal
             assert session_pb.SessionSocketReply.FromString(sock.recv(65536)).error.code == "invalid_argument"
             ask = session_pb.SessionSocketRequest(request_id=3, map_pool=session_pb.MapPool(pool="attic"))
             with open("/dev/null", "rb") as null:  # noqa: PTH123
-                socket.send_fds(sock, [ask.SerializeToString()], [null.fileno()] * 12)
-            assert session_pb.SessionSocketReply.FromString(sock.recv(65536)).error.code in (
-                "invalid_argument",
-                "not_found",
-            )
+                socket.send_fds(sock, [ask.SerializeToString()], [null.fileno()])
+            assert session_pb.SessionSocketReply.FromString(sock.recv(65536)).error.code == "invalid_argument"
             sock.send(b"\xff" * 32)
             assert session_pb.SessionSocketReply.FromString(sock.recv(65536)).error.code == "protocol_violation"
             assert sock.recv(65536) == b""
