@@ -18,6 +18,7 @@ def node_to_message(info: t.NodeInfo) -> pb.Node:
         backends=info.backends,
         agents=info.agents,
         started_at=info.started_at,
+        draining=info.draining,
     )
     for kind in info.kinds:
         message.kinds.append(pb.MemoryKind.Value(f"MEMORY_KIND_{kind.name}"))
@@ -36,6 +37,7 @@ def node_from_message(message: pb.Node) -> t.NodeInfo:
         kinds=known_kinds(message.kinds),
         agents=tuple(message.agents),
         started_at=message.started_at,
+        draining=message.draining,
     )
 
 

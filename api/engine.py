@@ -182,7 +182,24 @@ class Metadata(Protocol):
         """Return a node's record; "" is this node."""
 
     def peers(self) -> list[t.PeerInfo]:
-        """List the nodes that this one knows, itself left out."""
+        """List the nodes that this one knows, itself left out.
+
+        With a central store those are the nodes that this one deals with; ``nodes`` has all.
+        """
+
+    async def nodes(self) -> list[t.NodeInfo]:
+        """List all nodes of the store, this one too, asked from it now; costs as much as there are nodes.
+
+        Raises:
+            Unavailable: the store is away.
+        """
+
+    def watch_peers(self, name: str = "") -> AsyncIterator[t.PeerInfo]:
+        """Yield the present peers, or the one named, then each as its state, reason or record changes.
+
+        Ends when the daemon does. A reader that is slower than the changes gets the newest state of each peer. A name
+        that is not known yet is waited for.
+        """
 
     async def export_metadata(self, regions: Sequence[t.RegionId] | None = None) -> bytes:
         """Return this node's record and shared regions (or only ``regions``) as a blob."""
@@ -192,6 +209,22 @@ class Metadata(Protocol):
 
     async def invalidate(self, name: str) -> None:
         """Forget a node that came by a blob."""
+
+    async def publish_metadata(self, label: str, regions: Sequence[t.RegionId] | None = None) -> None:
+        """Put the blob of ``export_metadata`` under a label, for others to fetch; replaces an earlier one.
+
+        Raises:
+            Unsupported: the store keeps no blobs.
+            AlreadyExists: another live node has the label.
+        """
+
+    async def fetch_metadata(self, label: str, timeout_s: float) -> t.RegionListing:
+        """Wait until a label has a blob and load it like ``import_metadata``.
+
+        Raises:
+            Unsupported: the store keeps no blobs.
+            NotFound: no node put one there within the time.
+        """
 
 
 class Admin(Protocol):
@@ -205,6 +238,9 @@ class Admin(Protocol):
 
     def readiness(self) -> str:
         """Return "" if new work is taken, else why not."""
+
+    def degraded(self) -> str:
+        """Return "" if all works, else what does not although new work is taken (the store is away)."""
 
     def config_toml(self) -> str:
         """Return the configuration in force as TOML, with secrets replaced by "***"."""

@@ -368,7 +368,10 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """One daemon. ``epoch`` grows at each start; ``addresses`` read "tcp://host:port", best first."""
+    """One daemon. ``epoch`` grows at each start; ``addresses`` read "tcp://host:port", best first.
+
+    ``draining``: it takes no new work; what runs with it may end.
+    """
 
     name: str
     id: str
@@ -379,6 +382,7 @@ class NodeInfo:
     kinds: tuple[MemoryKind, ...]
     agents: tuple[str, ...]
     started_at: float
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,7 +400,10 @@ class PeerInfo:
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """The node's health and counters; ``reason`` says why it is not ready, "" when it is."""
+    """The node's health and counters.
+
+    ``reason`` says why it is not ready; where it is ready, what is degraded (the store is away), "" when nothing is.
+    """
 
     node: NodeInfo
     live: bool

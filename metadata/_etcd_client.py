@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
-from xferd.api.errors import Closed, ConfigError, DeadlineExceeded, PermissionDenied, Stale, Unauthenticated, Unavailable
+from xferd.api.errors import (
+    Closed,
+    ConfigError,
+    DeadlineExceeded,
+    PermissionDenied,
+    Stale,
+    Unauthenticated,
+    Unavailable,
+)
 from xferd.metadata._etcd_rpc import Connection, TlsFiles
 from xferd.metadata._etcd_wire import Endpoint, Snapshot, prefix_range_end
 

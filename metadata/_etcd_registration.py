@@ -121,18 +121,21 @@ class Registration:
         """
         async with self._lock:
             wanted = encode_node(self._keys, node)
-            before = self.me, self._wanted
+            before, before_wanted = self.me, self._wanted
+            if before is not None and before.name != node.name:
+                self._lose("the node was renamed")  # it ends with all that lies under the old name
+                self._touched.clear()
             self.me, self._wanted = node, wanted
             try:
                 await self._settle()
             except AlreadyExists:
-                self.me, self._wanted = before
+                self.me, self._wanted = before, before_wanted
+                self._wake.set()
                 raise
             except XferdError as exc:
                 self._note_problem(exc)
-                raise
-            finally:
                 self._wake.set()
+                raise
 
     async def put_blob(self, label: str, blob: bytes) -> None:
         """Offer a blob under a label, replacing what was there, for as long as this node lives.
@@ -187,8 +190,6 @@ class Registration:
         while True:
             delay = self._backoff(attempt) if attempt else self._ttl_s / 3 * random.uniform(0.9, 1.0)
             await _wait(self._wake, delay)
-            if attempt:
-                self._wake.clear()
             try:
                 async with self._lock:
                     self._wake.clear()
@@ -231,6 +232,7 @@ class Registration:
                 self._touched = set(self._written)
                 return
             guard = Guard(self._keys.node(self.me.name).encode(), self._mod_revision)
+            before = self._touched.copy()
             self._touched.update(batch.puts)
             for key in (*batch.puts, *batch.deletes):
                 self._written.pop(key, None)
@@ -245,6 +247,8 @@ class Registration:
                 if guard.key in batch.puts:
                     self._mod_revision = result.revision
                 continue
+            if result is not None:
+                self._touched = before  # nothing was written, for certain
             claims += 1
             if claims > MAX_CLAIMS:
                 raise Unavailable(f"the key of node {self.me.name!r} was changed by others {claims} times in a row")
@@ -264,7 +268,7 @@ class Registration:
 
     def _next_batch(self) -> Batch | None:
         wanted = {**self._wanted, **self._blobs}
-        deletes = sorted((self._touched | self._written.keys()) - wanted.keys())[:MAX_BATCH_KEYS]
+        deletes = sorted(self._touched - wanted.keys())[:MAX_BATCH_KEYS]
         puts: dict[bytes, bytes] = {}
         room = MAX_BATCH_NBYTES
         for key, value in wanted.items():  # the node's own key is first

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+from xferd.api.errors import Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from xferd.api.types import NodeInfo
 
@@ -34,6 +36,10 @@ class Store(abc.ABC):
     Must meet its deadline, and may fail: ``publish``, ``withdraw``, ``get``, ``refresh``, ``list_nodes``.
     Must never fail, and heals itself: ``watch``.
     """
+
+    watches_all: ClassVar[bool] = True
+    """Whether watching all nodes costs nothing, because records come from the nodes themselves. A store that serves
+    many nodes says False: then the daemon watches by name those that it deals with."""
 
     @abc.abstractmethod
     async def start(self) -> None:
@@ -100,6 +106,35 @@ class Store(abc.ABC):
             PeerUnknown: there is none.
         """
 
+    async def put_blob(self, label: str, blob: bytes) -> None:
+        """Keep a blob under a label for as long as this node lives; replaces an earlier one of this node.
+
+        Raises:
+            Unsupported: this store keeps none.
+            AlreadyExists: another live node has the label.
+        """
+        raise _no_blobs(label)
+
+    async def get_blob(self, label: str, timeout_s: float) -> bytes:
+        """Return the blob under a label, waiting for it so long.
+
+        Raises:
+            Unsupported: this store keeps none.
+            NotFound: there was none in time.
+        """
+        raise _no_blobs(label)
+
     @abc.abstractmethod
     def health(self) -> str:
         """Return "" when the store works, else what is wrong and since when."""
+
+    def statistics(self) -> Mapping[str, float]:
+        """Return counters of the store's own by name, for metrics; names are fixed and few."""
+        return {}
+
+
+def _no_blobs(label: str) -> Unsupported:
+    return Unsupported(
+        f"the metadata store keeps no blobs, so that none can be under the label {label[:80]!r}",
+        remedy='set metadata.store = "etcd", or carry the blob of an export by other means',
+    )

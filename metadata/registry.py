@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BUILTIN_STORES = {
     "embedded": "xferd.metadata.embedded:EmbeddedStore",
+    "etcd": "xferd.metadata.etcd:EtcdStore",
 }
 
 

@@ -96,11 +96,13 @@ class Extent:
         space: what the positions mean.
         iov: (position, nbytes) rows; no row is empty.
         region: u64 (n,) region ids, for REMOTE only.
+        ends: u64 (n,) running sum of the rows, where somebody is going to cut often (``indexed``).
     """
 
     space: Space
     iov: IovTable
     region: NDArray[np.uint64] | None = None
+    ends: NDArray[np.uint64] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -110,9 +112,10 @@ class Extent:
     def cut(self, start: int, stop: int) -> Extent:
         """Return the part between two byte positions of the list, splitting rows at the borders.
 
-        Copies at most the rows it returns; ``start < stop <= nbytes``.
+        Copies at most the rows it returns; ``start < stop <= nbytes``. Goes through the whole list each time, unless
+        it was ``indexed``.
         """
-        ends = np.cumsum(self.iov[:, 1])
+        ends = np.cumsum(self.iov[:, 1]) if self.ends is None else self.ends
         first = int(np.searchsorted(ends, np.uint64(start), side="right"))
         last = int(np.searchsorted(ends, np.uint64(stop), side="left"))
         iov = self.iov[first : last + 1].copy()
@@ -122,6 +125,10 @@ class Extent:
         iov[0, 1] -= np.uint64(skip)
         region = None if self.region is None else self.region[first : last + 1]
         return Extent(self.space, iov, region)
+
+    def indexed(self) -> Extent:
+        """Return the same list, made for many cuts: each then costs what it returns, not the list's length."""
+        return Extent(self.space, self.iov, self.region, np.cumsum(self.iov[:, 1]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -92,12 +92,16 @@ def advance(iov: IovTable, moved: int) -> IovTable:
     """Return the rest of a table after its first ``moved`` bytes; the input is not changed."""
     if moved == 0:
         return iov
-    ends = np.cumsum(iov[:, 1])
+    ends = np.cumsum(iov[:IOV_MAX, 1])  # what one call moved is within these; only others look further
+    if moved > int(ends[-1]):
+        ends = np.cumsum(iov[:, 1])
     first = int(np.searchsorted(ends, np.uint64(moved), side="right"))  # a plain int would turn ends into floats
-    if first == len(iov):
+    if first == len(ends):
+        return iov[first:]
+    skip = np.uint64(moved - (int(ends[first]) - int(iov[first, 1])))
+    if not skip:
         return iov[first:]
     rest = iov[first:].copy()
-    skip = np.uint64(moved - (int(ends[first]) - int(iov[first, 1])))
     rest[0, 0] += skip
     rest[0, 1] -= skip
     return rest

@@ -106,8 +106,8 @@ class TransferServicer(pb_grpc.TransferServiceServicer):
         return wire.explanation_to_message(await self._engine.explain(caller, wanted))
 
     async def _settled(self, caller: t.Caller, status: t.TransferStatus, wait_s: float) -> t.TransferStatus:
-        if not wait_s or status.state in t.ENDED:
-            return status
+        if not wait_s or status.state in t.ENDED or status.state is t.TransferState.PREPARED:
+            return status  # one that is held would only be waited for in vain
         return (await self._engine.wait(caller, [status.id], wait_s))[0]
 
 

@@ -1328,12 +1328,15 @@ class Node(google.protobuf.message.Message):
     KINDS_FIELD_NUMBER: builtins.int
     AGENTS_FIELD_NUMBER: builtins.int
     STARTED_AT_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
     name: builtins.str
     id: builtins.str
     epoch: builtins.int
     version: builtins.str
     """of xferd"""
     started_at: builtins.float
+    draining: builtins.bool
+    """takes no new work"""
     @property
     def addresses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """"tcp://host:port", best first"""
@@ -1356,8 +1359,9 @@ class Node(google.protobuf.message.Message):
         kinds: collections.abc.Iterable[Global___MemoryKind.ValueType] | None = ...,
         agents: collections.abc.Iterable[builtins.str] | None = ...,
         started_at: builtins.float = ...,
+        draining: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["addresses", b"addresses", "agents", b"agents", "backends", b"backends", "epoch", b"epoch", "id", b"id", "kinds", b"kinds", "name", b"name", "started_at", b"started_at", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["addresses", b"addresses", "agents", b"agents", "backends", b"backends", "draining", b"draining", "epoch", b"epoch", "id", b"id", "kinds", b"kinds", "name", b"name", "started_at", b"started_at", "version", b"version"]) -> None: ...
 
 Global___Node: typing_extensions.TypeAlias = Node
 
@@ -1436,6 +1440,101 @@ class ListPeersRequest(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___ListPeersRequest: typing_extensions.TypeAlias = ListPeersRequest
+
+@typing.final
+class ListNodesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ListNodesRequest: typing_extensions.TypeAlias = ListNodesRequest
+
+@typing.final
+class NodeList(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: builtins.int
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Node]: ...
+    def __init__(
+        self,
+        *,
+        nodes: collections.abc.Iterable[Global___Node] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["nodes", b"nodes"]) -> None: ...
+
+Global___NodeList: typing_extensions.TypeAlias = NodeList
+
+@typing.final
+class WatchPeersRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___WatchPeersRequest: typing_extensions.TypeAlias = WatchPeersRequest
+
+@typing.final
+class PublishMetadataRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: builtins.int
+    REGION_FIELD_NUMBER: builtins.int
+    PARTIAL_FIELD_NUMBER: builtins.int
+    label: builtins.str
+    partial: builtins.bool
+    """true: only `region`; false: all shared regions"""
+    @property
+    def region(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """a part: these regions only"""
+
+    def __init__(
+        self,
+        *,
+        label: builtins.str = ...,
+        region: collections.abc.Iterable[builtins.int] | None = ...,
+        partial: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["label", b"label", "partial", b"partial", "region", b"region"]) -> None: ...
+
+Global___PublishMetadataRequest: typing_extensions.TypeAlias = PublishMetadataRequest
+
+@typing.final
+class PublishMetadataResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___PublishMetadataResponse: typing_extensions.TypeAlias = PublishMetadataResponse
+
+@typing.final
+class FetchMetadataRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: builtins.int
+    TIMEOUT_S_FIELD_NUMBER: builtins.int
+    label: builtins.str
+    timeout_s: builtins.float
+    """for the label to appear; 0: it has to be there"""
+    def __init__(
+        self,
+        *,
+        label: builtins.str = ...,
+        timeout_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["label", b"label", "timeout_s", b"timeout_s"]) -> None: ...
+
+Global___FetchMetadataRequest: typing_extensions.TypeAlias = FetchMetadataRequest
 
 @typing.final
 class ExportRequest(google.protobuf.message.Message):
@@ -1549,7 +1648,7 @@ class NodeStatus(google.protobuf.message.Message):
     live: builtins.bool
     ready: builtins.bool
     reason: builtins.str
-    """why not ready"""
+    """why not ready; where it is ready: what is degraded"""
     draining: builtins.bool
     sessions: builtins.int
     regions: builtins.int

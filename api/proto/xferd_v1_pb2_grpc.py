@@ -1156,6 +1156,16 @@ class MetadataServiceStub(object):
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListPeersRequest.SerializeToString,
                 response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PeerList.FromString,
                 _registered_method=True)
+        self.ListNodes = channel.unary_unary(
+                '/xferd.v1.MetadataService/ListNodes',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListNodesRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.NodeList.FromString,
+                _registered_method=True)
+        self.WatchPeers = channel.unary_stream(
+                '/xferd.v1.MetadataService/WatchPeers',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WatchPeersRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.Peer.FromString,
+                _registered_method=True)
         self.Export = channel.unary_unary(
                 '/xferd.v1.MetadataService/Export',
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ExportRequest.SerializeToString,
@@ -1171,6 +1181,16 @@ class MetadataServiceStub(object):
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.InvalidateRequest.SerializeToString,
                 response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.InvalidateResponse.FromString,
                 _registered_method=True)
+        self.PublishMetadata = channel.unary_unary(
+                '/xferd.v1.MetadataService/PublishMetadata',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataResponse.FromString,
+                _registered_method=True)
+        self.FetchMetadata = channel.unary_unary(
+                '/xferd.v1.MetadataService/FetchMetadata',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.FetchMetadataRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.FromString,
+                _registered_method=True)
 
 
 class MetadataServiceServicer(object):
@@ -1185,7 +1205,23 @@ class MetadataServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListPeers(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The nodes that this one knows: those it deals with, and where there is no central store all others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListNodes(self, request, context):
+        """All nodes of the store, asked from it now. The answer grows with the cluster; do not poll it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchPeers(self, request, context):
+        """The peers as they are, then each one whose state, reason or record changed, until the session or the call ends.
+        A slow reader gets the newest state of each peer, not all that came between.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -1205,7 +1241,22 @@ class MetadataServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Invalidate(self, request, context):
-        """Forgets a node that came by Import.
+        """Forgets a node that came by Import or FetchMetadata.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishMetadata(self, request, context):
+        """Puts the blob of Export under a label into the store, replacing what this node put there before. It goes with the
+        node. Needs a store that keeps blobs: `unsupported` otherwise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchMetadata(self, request, context):
+        """Waits until a label has a blob, and loads it as Import does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1224,6 +1275,16 @@ def add_MetadataServiceServicer_to_server(servicer, server):
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListPeersRequest.FromString,
                     response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PeerList.SerializeToString,
             ),
+            'ListNodes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListNodes,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListNodesRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.NodeList.SerializeToString,
+            ),
+            'WatchPeers': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPeers,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WatchPeersRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.Peer.SerializeToString,
+            ),
             'Export': grpc.unary_unary_rpc_method_handler(
                     servicer.Export,
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ExportRequest.FromString,
@@ -1238,6 +1299,16 @@ def add_MetadataServiceServicer_to_server(servicer, server):
                     servicer.Invalidate,
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.InvalidateRequest.FromString,
                     response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.InvalidateResponse.SerializeToString,
+            ),
+            'PublishMetadata': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishMetadata,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataResponse.SerializeToString,
+            ),
+            'FetchMetadata': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchMetadata,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.FetchMetadataRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1296,6 +1367,60 @@ class MetadataService(object):
             '/xferd.v1.MetadataService/ListPeers',
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListPeersRequest.SerializeToString,
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PeerList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListNodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MetadataService/ListNodes',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListNodesRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.NodeList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPeers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/xferd.v1.MetadataService/WatchPeers',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WatchPeersRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.Peer.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1377,6 +1502,60 @@ class MetadataService(object):
             '/xferd.v1.MetadataService/Invalidate',
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.InvalidateRequest.SerializeToString,
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.InvalidateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishMetadata(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MetadataService/PublishMetadata',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchMetadata(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MetadataService/FetchMetadata',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.FetchMetadataRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1011,6 +1011,38 @@ _MetadataServiceListPeersType = typing_extensions.TypeVar(
     ],
 )
 
+_MetadataServiceListNodesType = typing_extensions.TypeVar(
+    '_MetadataServiceListNodesType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListNodesRequest,
+        xferd.api.proto.xferd_v1_pb2.NodeList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListNodesRequest,
+        xferd.api.proto.xferd_v1_pb2.NodeList,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListNodesRequest,
+        xferd.api.proto.xferd_v1_pb2.NodeList,
+    ],
+)
+
+_MetadataServiceWatchPeersType = typing_extensions.TypeVar(
+    '_MetadataServiceWatchPeersType',
+    grpc.UnaryStreamMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.WatchPeersRequest,
+        xferd.api.proto.xferd_v1_pb2.Peer,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.WatchPeersRequest,
+        xferd.api.proto.xferd_v1_pb2.Peer,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.WatchPeersRequest,
+        xferd.api.proto.xferd_v1_pb2.Peer,
+    ],
+)
+
 _MetadataServiceExportType = typing_extensions.TypeVar(
     '_MetadataServiceExportType',
     grpc.UnaryUnaryMultiCallable[
@@ -1059,7 +1091,39 @@ _MetadataServiceInvalidateType = typing_extensions.TypeVar(
     ],
 )
 
-class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataServiceListPeersType, _MetadataServiceExportType, _MetadataServiceImportType, _MetadataServiceInvalidateType]):
+_MetadataServicePublishMetadataType = typing_extensions.TypeVar(
+    '_MetadataServicePublishMetadataType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse,
+    ],
+)
+
+_MetadataServiceFetchMetadataType = typing_extensions.TypeVar(
+    '_MetadataServiceFetchMetadataType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.RegionList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.RegionList,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.RegionList,
+    ],
+)
+
+class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataServiceListPeersType, _MetadataServiceListNodesType, _MetadataServiceWatchPeersType, _MetadataServiceExportType, _MetadataServiceImportType, _MetadataServiceInvalidateType, _MetadataServicePublishMetadataType, _MetadataServiceFetchMetadataType]):
     """---------------------------------------------------------------------------------------------- metadata"""
 
     @typing.overload
@@ -1073,6 +1137,14 @@ class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataS
             xferd.api.proto.xferd_v1_pb2.PeerList,
         ],
         grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListNodesRequest,
+            xferd.api.proto.xferd_v1_pb2.NodeList,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.WatchPeersRequest,
+            xferd.api.proto.xferd_v1_pb2.Peer,
+        ],
+        grpc.UnaryUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.ExportRequest,
             xferd.api.proto.xferd_v1_pb2.MetadataBlob,
         ],
@@ -1083,6 +1155,14 @@ class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataS
         grpc.UnaryUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.InvalidateRequest,
             xferd.api.proto.xferd_v1_pb2.InvalidateResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
+            xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
+            xferd.api.proto.xferd_v1_pb2.RegionList,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -1097,6 +1177,14 @@ class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataS
             xferd.api.proto.xferd_v1_pb2.PeerList,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListNodesRequest,
+            xferd.api.proto.xferd_v1_pb2.NodeList,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.WatchPeersRequest,
+            xferd.api.proto.xferd_v1_pb2.Peer,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.ExportRequest,
             xferd.api.proto.xferd_v1_pb2.MetadataBlob,
         ],
@@ -1108,11 +1196,28 @@ class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataS
             xferd.api.proto.xferd_v1_pb2.InvalidateRequest,
             xferd.api.proto.xferd_v1_pb2.InvalidateResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
+            xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
+            xferd.api.proto.xferd_v1_pb2.RegionList,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetNode: _MetadataServiceGetNodeType
 
     ListPeers: _MetadataServiceListPeersType
+    """The nodes that this one knows: those it deals with, and where there is no central store all others."""
+
+    ListNodes: _MetadataServiceListNodesType
+    """All nodes of the store, asked from it now. The answer grows with the cluster; do not poll it."""
+
+    WatchPeers: _MetadataServiceWatchPeersType
+    """The peers as they are, then each one whose state, reason or record changed, until the session or the call ends.
+    A slow reader gets the newest state of each peer, not all that came between.
+    """
 
     Export: _MetadataServiceExportType
     """This node's metadata as a blob: versioned, checksummed, to be carried by any means and loaded elsewhere."""
@@ -1121,7 +1226,15 @@ class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataS
     """Loads another node's blob. What was known of that node is replaced."""
 
     Invalidate: _MetadataServiceInvalidateType
-    """Forgets a node that came by Import."""
+    """Forgets a node that came by Import or FetchMetadata."""
+
+    PublishMetadata: _MetadataServicePublishMetadataType
+    """Puts the blob of Export under a label into the store, replacing what this node put there before. It goes with the
+    node. Needs a store that keeps blobs: `unsupported` otherwise.
+    """
+
+    FetchMetadata: _MetadataServiceFetchMetadataType
+    """Waits until a label has a blob, and loads it as Import does."""
 
 MetadataServiceAsyncStub: typing_extensions.TypeAlias = MetadataServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -1131,6 +1244,14 @@ MetadataServiceAsyncStub: typing_extensions.TypeAlias = MetadataServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.ListPeersRequest,
         xferd.api.proto.xferd_v1_pb2.PeerList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListNodesRequest,
+        xferd.api.proto.xferd_v1_pb2.NodeList,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.WatchPeersRequest,
+        xferd.api.proto.xferd_v1_pb2.Peer,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.ExportRequest,
@@ -1143,6 +1264,14 @@ MetadataServiceAsyncStub: typing_extensions.TypeAlias = MetadataServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.InvalidateRequest,
         xferd.api.proto.xferd_v1_pb2.InvalidateResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.RegionList,
     ],
 ]
 
@@ -1161,7 +1290,26 @@ class MetadataServiceServicer(metaclass=abc.ABCMeta):
         self,
         request: xferd.api.proto.xferd_v1_pb2.ListPeersRequest,
         context: _ServicerContext,
-    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.PeerList, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.PeerList]]: ...
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.PeerList, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.PeerList]]:
+        """The nodes that this one knows: those it deals with, and where there is no central store all others."""
+
+    @abc.abstractmethod
+    def ListNodes(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.ListNodesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.NodeList, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.NodeList]]:
+        """All nodes of the store, asked from it now. The answer grows with the cluster; do not poll it."""
+
+    @abc.abstractmethod
+    def WatchPeers(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.WatchPeersRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[xferd.api.proto.xferd_v1_pb2.Peer], collections.abc.AsyncIterator[xferd.api.proto.xferd_v1_pb2.Peer]]:
+        """The peers as they are, then each one whose state, reason or record changed, until the session or the call ends.
+        A slow reader gets the newest state of each peer, not all that came between.
+        """
 
     @abc.abstractmethod
     def Export(
@@ -1185,7 +1333,25 @@ class MetadataServiceServicer(metaclass=abc.ABCMeta):
         request: xferd.api.proto.xferd_v1_pb2.InvalidateRequest,
         context: _ServicerContext,
     ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.InvalidateResponse, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.InvalidateResponse]]:
-        """Forgets a node that came by Import."""
+        """Forgets a node that came by Import or FetchMetadata."""
+
+    @abc.abstractmethod
+    def PublishMetadata(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse]]:
+        """Puts the blob of Export under a label into the store, replacing what this node put there before. It goes with the
+        node. Needs a store that keeps blobs: `unsupported` otherwise.
+        """
+
+    @abc.abstractmethod
+    def FetchMetadata(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.RegionList, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.RegionList]]:
+        """Waits until a label has a blob, and loads it as Import does."""
 
 def add_MetadataServiceServicer_to_server(servicer: MetadataServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 

@@ -6,6 +6,7 @@ answered, 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path  # noqa: TC003 - typer reads the hints
 from typing import TYPE_CHECKING, Annotated
@@ -27,7 +28,7 @@ from xferd.clients.ctl._verbs_lists import (
     sessions,
     transfers,
 )
-from xferd.clients.ctl._verbs_moves import cp, estimate, explain
+from xferd.clients.ctl._verbs_moves import EXIT_INTERRUPTED, cp, estimate, explain
 from xferd.clients.ctl._verbs_node import config, drain, log_level, status, undrain, version
 
 if TYPE_CHECKING:
@@ -69,9 +70,23 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Moving bytes": {"cp": cp, "explain": explain, "estimate": estimate},
 }
 
+
+def _interruptible(verb: Callable[..., None]) -> Callable[..., None]:
+    """Let Ctrl-C end a verb quietly with the shell's status for it; typer would say "Aborted!" and exit with 1."""
+
+    @functools.wraps(verb)
+    def wrapped(*args: object, **options: object) -> None:
+        try:
+            verb(*args, **options)
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    return wrapped
+
+
 for _panel, _verbs in _VERBS.items():
     for _name, _verb in _verbs.items():
-        app.command(_name, rich_help_panel=_panel)(_verb)
+        app.command(_name, rich_help_panel=_panel)(_interruptible(_verb))
 
 
 @app.callback(help="Look at an xferd daemon, run it, and move bytes with it.")

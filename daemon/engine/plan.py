@@ -84,7 +84,7 @@ class Plan:
     def memory_nbytes(self) -> int:
         """What keeping the plan costs: the tables of all extents."""
         return sum(
-            extent.iov.nbytes + (0 if extent.region is None else extent.region.nbytes)
+            extent.iov.nbytes + sum(0 if column is None else column.nbytes for column in (extent.region, extent.ends))
             for leg in self.legs
             for extent in (leg.source, leg.target)
         )

@@ -69,6 +69,8 @@ class Planner:
             cuts = cut_points(
                 left.iov[:, 1], right.iov[:, 1], chunk_nbytes=self._chunk_nbytes, max_pieces=self._max_pieces
             )
+            if len(cuts) > 2:  # chunks are cut one by one, as they start
+                left, right = left.indexed(), right.indexed()
             legs.append(Leg(left, right, tuple(cuts), routes))
         return Plan(
             tuple(legs),

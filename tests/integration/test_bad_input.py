@@ -679,6 +679,7 @@ def test_rubbish_after_hello_ends_that_session_only(pair: Daemons, no_leaks: Cal
             assert session_pb.SessionSocketReply.FromString(sock.recv(65536)).error.code == "invalid_argument"
             sock.send(b"\xff" * 32)
             assert session_pb.SessionSocketReply.FromString(sock.recv(65536)).error.code == "protocol_violation"
+            assert session_pb.SessionSocketReply.FromString(sock.recv(65536)).closing
             assert sock.recv(65536) == b""
         mine.array()[:] = 3
         good.write(mine, good.allocate(4096))

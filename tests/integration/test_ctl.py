@@ -297,6 +297,25 @@ def test_ctrl_c_cancels_the_copy_and_nothing_is_held(make_daemon: Callable[..., 
     }
 
 
+def test_ctrl_c_ends_a_drain_that_waits_and_the_node_goes_on_draining(
+    make_daemon: Callable[..., DaemonProcess],
+) -> None:
+    daemon = make_daemon("w", tcp=False, settings=SLOW_FILES)
+    (daemon.files / "in.bin").write_bytes(bytes(16 * MIB))
+    with Client.connect(daemon.session_socket) as client:
+        source, target = client.register_file("in.bin"), client.allocate(16 * MIB)
+        with client.transfer("READ", target, source, timeout_s=60.0):
+            with subprocess.Popen(
+                command("drain"), env=environment(daemon), stderr=subprocess.PIPE, text=True
+            ) as process:
+                eventually(lambda: daemon.get("/v1/node")[1]["draining"], what="the drain")
+                process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=30)
+            assert (process.returncode, err) == (130, "")
+            left = ctl(daemon, "drain", "--timeout", "0s", "--json")
+            assert (left.status, left.document) == (1, {"drained": False, "transfers_left": 1})
+
+
 def test_a_daemon_that_dies_during_a_copy_exits_with_3(make_daemon: Callable[..., DaemonProcess]) -> None:
     daemon = make_daemon("d", tcp=False, settings=SLOW_FILES)
     (daemon.files / "in.bin").write_bytes(bytes(16 * MIB))

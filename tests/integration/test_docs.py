@@ -1,11 +1,11 @@
 """The documentation is true: its examples run against real daemons, and its tables name what there is.
 
 What runs: every ``python`` block of the Python pages, and every ``sh`` block of the shell pages, page by page from top
-to bottom, blocks of one page together. A block after ``<!-- not run: reason -->`` is left out. Blocks in other languages
+to bottom, blocks of one page together. A block after ``<!-- not run: reason -->`` is left out. Blocks of other kinds
 (``console``, ``text``, ``toml``) show something and do not run; ``toml`` is loaded as configuration.
 
-Where they run: nodes ``a`` and ``b`` know each other, $XFERD_SOCKET is a's, ``/run/xferd`` stands for a's run directory,
-the working directory is a's first root, and a client on ``b`` shares a region with the label ``kv``.
+Where they run: nodes ``a`` and ``b`` know each other, $XFERD_SOCKET is a's, ``/run/xferd`` stands for a's run
+directory, the working directory is a's first root, and a client on ``b`` shares a region with the label ``kv``.
 docs/rest.md has a test of its own, and so has the hex dump of docs/protocol.md.
 """
 
@@ -54,7 +54,11 @@ class Block:
 
 def blocks(page: str, language: str) -> list[Block]:
     """Return the blocks of a page in a language, in order."""
-    text = (ROOT / page).read_text()
+    return blocks_of((ROOT / page).read_text(), language)
+
+
+def blocks_of(text: str, language: str) -> list[Block]:
+    """Return the blocks of a text in a language, in order."""
     return [
         Block(match["language"], match["text"], text.count("\n", 0, match.start("text")), match["reason"] or "")
         for match in _BLOCK.finditer(text)
@@ -171,12 +175,8 @@ def test_links_lead_somewhere(page: str) -> None:
         ("```toml\na = 1\n```\n\n```sh\na\nb\n```\n", [("a\nb\n", "")]),
     ],
 )
-def test_the_rule_for_blocks(
-    text: str, expected: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "page.md").write_text(text)
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    assert [(block.text, block.reason) for block in blocks("page.md", "sh")] == expected
+def test_the_rule_for_blocks(text: str, expected: list[tuple[str, str]]) -> None:
+    assert [(block.text, block.reason) for block in blocks_of(text, "sh")] == expected
 
 
 def test_a_failing_example_fails_the_test(place: dict[str, str]) -> None:

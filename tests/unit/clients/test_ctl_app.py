@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import grpc
@@ -96,6 +98,23 @@ def test_a_port_where_nobody_listens_exits_with_3(capsys: pytest.CaptureFixture[
         taken.bind(("127.0.0.1", 0))  # bound and not listening: connecting is refused
         assert main(["--grpc", f"127.0.0.1:{taken.getsockname()[1]}", "status"]) == 3
     assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_that_talks() -> None:
+    """The package is stood in for, because what its ``__init__`` imports for users is another matter."""
+    code = """
+import sys, types, xferd.clients.ctl._format as f
+package = types.ModuleType("xferd.clients")
+package.__path__ = [f.__file__.rpartition("/ctl/")[0]]
+for name in [name for name in sys.modules if name.partition(".")[0] in ("xferd", "grpc", "numpy", "google")]:
+    del sys.modules[name]
+import xferd
+sys.modules["xferd.clients"] = package
+from xferd.clients.ctl import main
+assert main(["--help"]) == 0
+assert not {"grpc", "numpy", "xferd.api.wire", "xferd.clients.sync"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_version_needs_no_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
