@@ -211,19 +211,28 @@ class Metadata(Protocol):
         """Forget a node that came by a blob."""
 
     async def publish_metadata(self, label: str, regions: Sequence[t.RegionId] | None = None) -> None:
-        """Put the blob of ``export_metadata`` under a label, for others to fetch; replaces an earlier one.
+        """Put the blob of ``export_metadata`` under a label of this node, for others to fetch; replaces an earlier one.
+
+        It goes when the node goes.
 
         Raises:
             Unsupported: the store keeps no blobs.
-            AlreadyExists: another live node has the label.
         """
 
-    async def fetch_metadata(self, label: str, timeout_s: float) -> t.RegionListing:
-        """Wait until a label has a blob and load it like ``import_metadata``.
+    async def withdraw_metadata(self, label: str) -> None:
+        """Take a label of this node back.
 
         Raises:
             Unsupported: the store keeps no blobs.
-            NotFound: no node put one there within the time.
+            NotFound: this node has no such label.
+        """
+
+    async def fetch_metadata(self, node: str, label: str, timeout_s: float) -> t.RegionListing:
+        """Load the blob under a node's label like ``import_metadata``, waiting up to ``timeout_s`` for it to appear.
+
+        Raises:
+            Unsupported: the store keeps no blobs.
+            NotFound: the node put none there within the time.
         """
 
 

@@ -23,14 +23,14 @@ from xferd.api.errors import (
     Unavailable,
 )
 from xferd.metadata._etcd_rpc import Connection, TlsFiles
-from xferd.metadata._etcd_wire import Endpoint, Snapshot, prefix_range_end
+from xferd.metadata._etcd_wire import Endpoint, KeyValue, Snapshot, prefix_range_end
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from xferd.api.errors import XferdError
     from xferd.metadata._etcd_rpc import WatchStream
-    from xferd.metadata._etcd_wire import Guard, KeyValue, TxnResult, WatchBatch
+    from xferd.metadata._etcd_wire import Guard, TxnResult, WatchBatch
     from xferd.metadata.etcd_options import EtcdOptions
 
 PAGE = 500
@@ -113,8 +113,8 @@ class EtcdClient:
 
     async def read_key(self, key: bytes, timeout_s: float) -> KeyValue | None:
         """Return one key, None where it is absent."""
-        answer = await self._call(lambda connection, left: connection.read(key, b"", left), _now() + timeout_s)
-        return answer.items[0] if answer.items else None
+        found = await self._call(lambda connection, left: connection.read(key, b"", left), _now() + timeout_s)
+        return found.items[0] if found.items else None
 
     async def write(
         self, guard: Guard, puts: Mapping[bytes, bytes], deletes: Sequence[bytes], lease: int, timeout_s: float
@@ -200,7 +200,7 @@ class EtcdClient:
         error = Unavailable(
             f"no etcd member answered: {reason}",
             limit=f"endpoints {', '.join(self._options.endpoints)} within {self._options.request_timeout:g}s",
-            remedy="check that etcd runs and has a leader, and metadata.etcd.endpoints; this node tries again by itself",
+            remedy="check that etcd runs and has a leader, and metadata.etcd.endpoints; this node goes on trying",
         )
         error.__cause__ = failure
         return error

@@ -247,12 +247,11 @@ class Registration:
                 if guard.key in batch.puts:
                     self._mod_revision = result.revision
                 continue
-            if result is not None:
-                self._touched = before  # nothing was written, for certain
             claims += 1
             if claims > MAX_CLAIMS:
                 raise Unavailable(f"the key of node {self.me.name!r} was changed by others {claims} times in a row")
             if result is not None:
+                self._touched = before  # nothing was written, for certain
                 await self._claim(self.me, result.present)
 
     async def _live_lease(self) -> Lease:
@@ -268,13 +267,13 @@ class Registration:
 
     def _next_batch(self) -> Batch | None:
         wanted = {**self._wanted, **self._blobs}
-        deletes = sorted(self._touched - wanted.keys())[:MAX_BATCH_KEYS]
+        deletes = sorted(self._touched - wanted.keys())[: MAX_BATCH_KEYS // 2]
         puts: dict[bytes, bytes] = {}
         room = MAX_BATCH_NBYTES
         for key, value in wanted.items():  # the node's own key is first
             if self._written.get(key) == value:
                 continue
-            if puts and (len(value) > room or len(puts) + len(deletes) >= MAX_BATCH_KEYS):
+            if puts and (len(value) > room or len(puts) >= MAX_BATCH_KEYS // 2):
                 break
             puts[key] = value
             room -= len(key) + len(value)
@@ -299,7 +298,7 @@ class Registration:
         who = f"the node {theirs.id} at {', '.join(theirs.addresses) or '?'}" if theirs is not None else "another node"
         raise AlreadyExists(
             f"node {me.name!r} is taken by {who}, whose lease lives",
-            remedy="give this node another node.name, or stop the other; a dead node's name is free when its lease ends",
+            remedy="give this node another node.name, or stop the other; a dead one's name is free when its lease ends",
         )
 
     async def _end_former(self, lease: int) -> None:

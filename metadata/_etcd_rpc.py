@@ -196,7 +196,7 @@ class Connection:
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return (("token", self.token),) if self.token else ()
 
-    async def _ask(self, call: Awaitable[Any]) -> Any:  # noqa: ANN401 -- generated messages have no types
+    async def _ask(self, call: Awaitable[Any]) -> Any:
         try:
             return await call
         except grpc.aio.AioRpcError as exc:
@@ -221,7 +221,7 @@ class Connection:
 class WatchStream:
     """Watches on one member, told apart by ids of the caller's choice, never used twice on one stream."""
 
-    def __init__(self, connection: Connection, call: Any) -> None:  # noqa: ANN401 -- gRPC has no types
+    def __init__(self, connection: Connection, call: Any) -> None:
         self._connection = connection
         self._call = call
 
@@ -263,5 +263,5 @@ class WatchStream:
         self._call.cancel()
 
 
-def _item(item: Any) -> KeyValue:  # noqa: ANN401 -- generated messages have no types
+def _item(item: Any) -> KeyValue:
     return KeyValue(item.key, item.value, item.mod_revision, item.lease)

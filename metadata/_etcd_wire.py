@@ -1,4 +1,4 @@
-"""etcd's data as the store's modules pass it around, free of the client library. What talks to etcd: ``_etcd_rpc.py``."""
+"""etcd's data as the store's modules pass it around, free of the client library (``_etcd_rpc.py``)."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class TxnResult:
-    """``present`` is the guarded key as it is, where the guard did not hold."""
+    """``present`` is the guarded key as it is, where the guard did not hold; None: it is absent."""
 
     ok: bool
     revision: int

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from xferd.api.errors import Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable
 
     from xferd.api.types import NodeInfo
 
@@ -28,6 +28,22 @@ class NodeChange:
     name: str
     node: NodeInfo | None
     reason: str = ""
+
+
+class NodeWatch(Protocol):
+    """Changes one by one; ends when it or the store is closed."""
+
+    def __aiter__(self) -> NodeWatch:
+        """Return itself."""
+        ...
+
+    async def __anext__(self) -> NodeChange:
+        """Wait for the next change. Cancel-safe."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of it; it may cost the store something. Twice is fine."""
+        ...
 
 
 class Store(abc.ABC):
@@ -91,7 +107,7 @@ class Store(abc.ABC):
         """
 
     @abc.abstractmethod
-    def watch(self, name: str = "") -> AsyncIterator[NodeChange]:
+    def watch(self, name: str = "") -> NodeWatch:
         """Yield the present record(s), then every change, until the store is closed; "" watches all nodes."""
 
     @abc.abstractmethod
@@ -107,20 +123,28 @@ class Store(abc.ABC):
         """
 
     async def put_blob(self, label: str, blob: bytes) -> None:
-        """Keep a blob under a label for as long as this node lives; replaces an earlier one of this node.
+        """Keep a blob under a label of this node for as long as the node lives; replaces an earlier one.
 
         Raises:
             Unsupported: this store keeps none.
-            AlreadyExists: another live node has the label.
         """
         raise _no_blobs(label)
 
-    async def get_blob(self, label: str, timeout_s: float) -> bytes:
-        """Return the blob under a label, waiting for it so long.
+    async def get_blob(self, node: str, label: str) -> bytes:
+        """Return the blob that a node keeps under a label.
 
         Raises:
             Unsupported: this store keeps none.
-            NotFound: there was none in time.
+            NotFound: the node keeps none under this label.
+        """
+        raise _no_blobs(label)
+
+    async def drop_blob(self, label: str) -> None:
+        """Take a blob of this node back.
+
+        Raises:
+            Unsupported: this store keeps none.
+            NotFound: this node keeps none under this label.
         """
         raise _no_blobs(label)
 
@@ -128,9 +152,9 @@ class Store(abc.ABC):
     def health(self) -> str:
         """Return "" when the store works, else what is wrong and since when."""
 
-    def statistics(self) -> Mapping[str, float]:
-        """Return counters of the store's own by name, for metrics; names are fixed and few."""
-        return {}
+    def statistics(self) -> object:
+        """Return a dataclass of the store's own counters, for metrics; None where it counts nothing."""
+        return None
 
 
 def _no_blobs(label: str) -> Unsupported:

@@ -11,7 +11,6 @@ import asyncio
 import time
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -50,23 +49,6 @@ CLOSE_TIMEOUT_S = 2.0
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class EtcdStatistics:
-    """Counters since the start, and what is held now.
-
-    ``requests``: calls to etcd; ``leases``: granted; ``events``: changes that watches brought; ``rebuilds``: ranges
-    read again after a watch was lost; ``watches``: names watched, "" for all; ``stale_s``: since when the cache is
-    not current, 0 where it is.
-    """
-
-    requests: int
-    leases: int
-    events: int
-    rebuilds: int
-    watches: int
-    stale_s: float
-
-
 class EtcdStore(Store):
     """Records of nodes in etcd.
 
@@ -78,6 +60,7 @@ class EtcdStore(Store):
     """
 
     options = EtcdOptions
+    watches_all = False
 
     def __init__(
         self,
@@ -174,17 +157,22 @@ class EtcdStore(Store):
             return f"what is known of peers is not current since {_when(self._cache.stale_since)}"
         return ""
 
-    def statistics(self) -> EtcdStatistics:
-        """Return counters for metrics."""
+    def statistics(self) -> dict[str, float]:
+        """Return counters since the start, and what is held now.
+
+        ``requests``: calls to etcd; ``leases``: granted; ``events``: changes that watches brought; ``rebuilds``:
+        ranges read again after a watch was lost; ``watches``: names watched, all nodes counting as one;
+        ``stale_seconds``: for how long the view of peers has not been current, 0 where it is.
+        """
         stale = self._cache.stale_since
-        return EtcdStatistics(
-            requests=self._client.requests,
-            leases=self._registration.leases_granted,
-            events=self._cache.events,
-            rebuilds=self._cache.rebuilds,
-            watches=len(self._interests()),
-            stale_s=max(0.0, self._clock() - stale) if stale is not None else 0.0,
-        )
+        return {
+            "requests": float(self._client.requests),
+            "leases": float(self._registration.leases_granted),
+            "events": float(self._cache.events),
+            "rebuilds": float(self._cache.rebuilds),
+            "watches": float(len(self._interests())),
+            "stale_seconds": max(0.0, self._clock() - stale) if stale is not None else 0.0,
+        }
 
     # -- our own record
 
@@ -308,7 +296,7 @@ class EtcdStore(Store):
     # -- metadata under labels
 
     async def put_blob(self, label: str, blob: bytes) -> None:
-        """Offer a metadata blob under a label of this node, replacing what was there, for as long as the node lives.
+        """Keep a blob under a label of this node for as long as the node lives; replaces an earlier one.
 
         Raises:
             InvalidArgument: the label is empty.
@@ -322,17 +310,19 @@ class EtcdStore(Store):
         await self._registration.put_blob(label, blob)
 
     async def get_blob(self, node: str, label: str) -> bytes:
-        """Return the blob that a node offers under a label.
+        """Return the blob that a node keeps under a label.
 
         Raises:
-            NotFound: it offers none, or has gone.
+            NotFound: it keeps none, or has gone.
             Unavailable: etcd is away.
         """
         self._check_open()
-        key = self._keys.blob(node, label).encode()
-        found = await self._client.read_key(key, self._options.request_timeout)
+        found = await self._client.read_key(self._keys.blob(node, label).encode(), self._options.request_timeout)
         if found is None:
-            raise NotFound(f"node {node!r} offers no metadata under label {label!r}, or has gone")
+            raise NotFound(
+                f"node {node!r} keeps no metadata under label {label[:80]!r}",
+                remedy="labels go with their node; have it exported again",
+            )
         return found.value
 
     async def drop_blob(self, label: str) -> None:

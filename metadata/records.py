@@ -39,6 +39,7 @@ def node_to_bytes(node: NodeInfo) -> bytes:
         "kinds": [kind.value for kind in node.kinds],
         "agents": node.agents,
         "started_at": node.started_at,
+        **({"draining": True} if node.draining else {}),
     }
     return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -91,6 +92,9 @@ def _node(raw: bytes) -> NodeInfo:
     started_at = record.get("started_at", 0.0)
     if isinstance(started_at, bool) or not isinstance(started_at, int | float):
         raise ValueError("started_at is no number")
+    draining = record.get("draining", False)
+    if not isinstance(draining, bool):
+        raise ValueError("draining is neither true nor false")
     return NodeInfo(
         name=name,
         id=node_id,
@@ -101,6 +105,7 @@ def _node(raw: bytes) -> NodeInfo:
         kinds=tuple(_KINDS[kind] for kind in _texts(record, "kinds") if kind in _KINDS),
         agents=_texts(record, "agents"),
         started_at=float(started_at),
+        draining=draining,
     )
 
 

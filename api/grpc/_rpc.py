@@ -15,7 +15,7 @@ import grpc
 import structlog
 
 from xferd.api import wire
-from xferd.api.errors import ERROR_TABLE, InternalError, XferdError
+from xferd.api.errors import ERROR_TABLE, InternalError, Unauthenticated, XferdError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -126,6 +126,31 @@ def token_of(context: Context) -> str:
 def caller_of(engine: Sessions, context: Context) -> t.Caller:
     """Return the session that makes this call, or raise ``Unauthenticated``."""
     return engine.authenticate(token_of(context))
+
+
+def reader_of(engine: Sessions, context: Context) -> t.Caller:
+    """Return who reads what sessions and operators may both read.
+
+    A token that no session has is an operator's only where an admin token is configured and equals it: an expired
+    session never turns into an operator.
+    """
+    token = token_of(context)
+    if not token:
+        return engine.authenticate_admin("")
+    try:
+        return engine.authenticate(token)
+    except Unauthenticated:
+        if not _has_admin_token(engine):
+            raise
+        return engine.authenticate_admin(token)
+
+
+def _has_admin_token(engine: Sessions) -> bool:
+    try:
+        engine.authenticate_admin("")
+    except Unauthenticated:
+        return True
+    return False
 
 
 @contextlib.asynccontextmanager

@@ -1518,21 +1518,49 @@ class PublishMetadataResponse(google.protobuf.message.Message):
 Global___PublishMetadataResponse: typing_extensions.TypeAlias = PublishMetadataResponse
 
 @typing.final
-class FetchMetadataRequest(google.protobuf.message.Message):
+class WithdrawMetadataRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LABEL_FIELD_NUMBER: builtins.int
+    label: builtins.str
+    def __init__(
+        self,
+        *,
+        label: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["label", b"label"]) -> None: ...
+
+Global___WithdrawMetadataRequest: typing_extensions.TypeAlias = WithdrawMetadataRequest
+
+@typing.final
+class WithdrawMetadataResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___WithdrawMetadataResponse: typing_extensions.TypeAlias = WithdrawMetadataResponse
+
+@typing.final
+class FetchMetadataRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: builtins.int
+    LABEL_FIELD_NUMBER: builtins.int
     TIMEOUT_S_FIELD_NUMBER: builtins.int
+    node: builtins.str
     label: builtins.str
     timeout_s: builtins.float
     """for the label to appear; 0: it has to be there"""
     def __init__(
         self,
         *,
+        node: builtins.str = ...,
         label: builtins.str = ...,
         timeout_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["label", b"label", "timeout_s", b"timeout_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["label", b"label", "node", b"node", "timeout_s", b"timeout_s"]) -> None: ...
 
 Global___FetchMetadataRequest: typing_extensions.TypeAlias = FetchMetadataRequest
 

@@ -1186,6 +1186,11 @@ class MetadataServiceStub(object):
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataRequest.SerializeToString,
                 response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataResponse.FromString,
                 _registered_method=True)
+        self.WithdrawMetadata = channel.unary_unary(
+                '/xferd.v1.MetadataService/WithdrawMetadata',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WithdrawMetadataRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WithdrawMetadataResponse.FromString,
+                _registered_method=True)
         self.FetchMetadata = channel.unary_unary(
                 '/xferd.v1.MetadataService/FetchMetadata',
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.FetchMetadataRequest.SerializeToString,
@@ -1248,15 +1253,22 @@ class MetadataServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PublishMetadata(self, request, context):
-        """Puts the blob of Export under a label into the store, replacing what this node put there before. It goes with the
-        node. Needs a store that keeps blobs: `unsupported` otherwise.
+        """Puts the blob of Export under a label of this node into the store, replacing what was there. It goes with the node.
+        Needs a store that keeps blobs: `unsupported` otherwise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WithdrawMetadata(self, request, context):
+        """Takes a label of this node back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FetchMetadata(self, request, context):
-        """Waits until a label has a blob, and loads it as Import does.
+        """Waits until a node's label has a blob, and loads it as Import does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1304,6 +1316,11 @@ def add_MetadataServiceServicer_to_server(servicer, server):
                     servicer.PublishMetadata,
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataRequest.FromString,
                     response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PublishMetadataResponse.SerializeToString,
+            ),
+            'WithdrawMetadata': grpc.unary_unary_rpc_method_handler(
+                    servicer.WithdrawMetadata,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WithdrawMetadataRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WithdrawMetadataResponse.SerializeToString,
             ),
             'FetchMetadata': grpc.unary_unary_rpc_method_handler(
                     servicer.FetchMetadata,
@@ -1540,6 +1557,33 @@ class MetadataService(object):
             _registered_method=True)
 
     @staticmethod
+    def WithdrawMetadata(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MetadataService/WithdrawMetadata',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WithdrawMetadataRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WithdrawMetadataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def FetchMetadata(request,
             target,
             options=(),
@@ -1686,7 +1730,8 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Refuses new work, waits for running work until the deadline, then stops. `undo` takes it back while waiting.
+        """Refuses new work and waits for running work until the deadline. The daemon stays up, drained, until it is
+        stopped or `undo` takes it back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

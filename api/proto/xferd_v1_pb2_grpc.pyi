@@ -1107,6 +1107,22 @@ _MetadataServicePublishMetadataType = typing_extensions.TypeVar(
     ],
 )
 
+_MetadataServiceWithdrawMetadataType = typing_extensions.TypeVar(
+    '_MetadataServiceWithdrawMetadataType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.WithdrawMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.WithdrawMetadataResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.WithdrawMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.WithdrawMetadataResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.WithdrawMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.WithdrawMetadataResponse,
+    ],
+)
+
 _MetadataServiceFetchMetadataType = typing_extensions.TypeVar(
     '_MetadataServiceFetchMetadataType',
     grpc.UnaryUnaryMultiCallable[
@@ -1123,7 +1139,7 @@ _MetadataServiceFetchMetadataType = typing_extensions.TypeVar(
     ],
 )
 
-class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataServiceListPeersType, _MetadataServiceListNodesType, _MetadataServiceWatchPeersType, _MetadataServiceExportType, _MetadataServiceImportType, _MetadataServiceInvalidateType, _MetadataServicePublishMetadataType, _MetadataServiceFetchMetadataType]):
+class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataServiceListPeersType, _MetadataServiceListNodesType, _MetadataServiceWatchPeersType, _MetadataServiceExportType, _MetadataServiceImportType, _MetadataServiceInvalidateType, _MetadataServicePublishMetadataType, _MetadataServiceWithdrawMetadataType, _MetadataServiceFetchMetadataType]):
     """---------------------------------------------------------------------------------------------- metadata"""
 
     @typing.overload
@@ -1159,6 +1175,10 @@ class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataS
         grpc.UnaryUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
             xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.WithdrawMetadataRequest,
+            xferd.api.proto.xferd_v1_pb2.WithdrawMetadataResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
@@ -1201,6 +1221,10 @@ class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataS
             xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.WithdrawMetadataRequest,
+            xferd.api.proto.xferd_v1_pb2.WithdrawMetadataResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
             xferd.api.proto.xferd_v1_pb2.RegionList,
         ],
@@ -1229,12 +1253,15 @@ class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataS
     """Forgets a node that came by Import or FetchMetadata."""
 
     PublishMetadata: _MetadataServicePublishMetadataType
-    """Puts the blob of Export under a label into the store, replacing what this node put there before. It goes with the
-    node. Needs a store that keeps blobs: `unsupported` otherwise.
+    """Puts the blob of Export under a label of this node into the store, replacing what was there. It goes with the node.
+    Needs a store that keeps blobs: `unsupported` otherwise.
     """
 
+    WithdrawMetadata: _MetadataServiceWithdrawMetadataType
+    """Takes a label of this node back."""
+
     FetchMetadata: _MetadataServiceFetchMetadataType
-    """Waits until a label has a blob, and loads it as Import does."""
+    """Waits until a node's label has a blob, and loads it as Import does."""
 
 MetadataServiceAsyncStub: typing_extensions.TypeAlias = MetadataServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -1268,6 +1295,10 @@ MetadataServiceAsyncStub: typing_extensions.TypeAlias = MetadataServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
         xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.WithdrawMetadataRequest,
+        xferd.api.proto.xferd_v1_pb2.WithdrawMetadataResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
@@ -1341,9 +1372,17 @@ class MetadataServiceServicer(metaclass=abc.ABCMeta):
         request: xferd.api.proto.xferd_v1_pb2.PublishMetadataRequest,
         context: _ServicerContext,
     ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.PublishMetadataResponse]]:
-        """Puts the blob of Export under a label into the store, replacing what this node put there before. It goes with the
-        node. Needs a store that keeps blobs: `unsupported` otherwise.
+        """Puts the blob of Export under a label of this node into the store, replacing what was there. It goes with the node.
+        Needs a store that keeps blobs: `unsupported` otherwise.
         """
+
+    @abc.abstractmethod
+    def WithdrawMetadata(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.WithdrawMetadataRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.WithdrawMetadataResponse, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.WithdrawMetadataResponse]]:
+        """Takes a label of this node back."""
 
     @abc.abstractmethod
     def FetchMetadata(
@@ -1351,7 +1390,7 @@ class MetadataServiceServicer(metaclass=abc.ABCMeta):
         request: xferd.api.proto.xferd_v1_pb2.FetchMetadataRequest,
         context: _ServicerContext,
     ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.RegionList, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.RegionList]]:
-        """Waits until a label has a blob, and loads it as Import does."""
+        """Waits until a node's label has a blob, and loads it as Import does."""
 
 def add_MetadataServiceServicer_to_server(servicer: MetadataServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 
@@ -1626,7 +1665,9 @@ class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetC
     EndSession: _AdminServiceEndSessionType
 
     Drain: _AdminServiceDrainType
-    """Refuses new work, waits for running work until the deadline, then stops. `undo` takes it back while waiting."""
+    """Refuses new work and waits for running work until the deadline. The daemon stays up, drained, until it is
+    stopped or `undo` takes it back.
+    """
 
     SetLogLevel: _AdminServiceSetLogLevelType
 
@@ -1741,7 +1782,9 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         request: xferd.api.proto.xferd_v1_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.DrainResponse, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.DrainResponse]]:
-        """Refuses new work, waits for running work until the deadline, then stops. `undo` takes it back while waiting."""
+        """Refuses new work and waits for running work until the deadline. The daemon stays up, drained, until it is
+        stopped or `undo` takes it back.
+        """
 
     @abc.abstractmethod
     def SetLogLevel(

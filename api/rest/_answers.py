@@ -12,7 +12,7 @@ from xferd.api import types as t  # noqa: TC001 - its hints are read at run time
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Liveness or readiness: `ok` with an empty reason, or `failing` with what is wrong."""
+    """Liveness or readiness: `ok` with an empty reason, `degraded` (and ready) or `failing` with what is wrong."""
 
     status: str
     reason: str
@@ -59,6 +59,13 @@ class PeerList:
     """Nodes that this one knows."""
 
     peers: tuple[t.PeerInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeList:
+    """All nodes of the store."""
+
+    nodes: tuple[t.NodeInfo, ...]
 
 
 @dataclass(frozen=True, slots=True)

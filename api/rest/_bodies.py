@@ -346,6 +346,21 @@ class ReceiveQuery(Query):
 # ------------------------------------------------------------------------------------------- node
 
 
+class EventsQuery(Query):
+    """Which peer (none: all), and when the stream ends: after `count` events or `timeout` seconds; 0 is never."""
+
+    name: str = ""
+    count: int = Field(default=0, ge=0)
+    timeout: WaitS = 0.0
+
+
+class FetchQuery(Query):
+    """Whose label it is, and how many seconds to wait for it to appear."""
+
+    node: str = Field(min_length=1)
+    timeout: WaitS = 0.0
+
+
 class ExportBody(Body):
     """Which regions go into the blob; none given: all shared ones."""
 

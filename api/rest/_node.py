@@ -24,13 +24,16 @@ async def livez(call: Call[None, None]) -> web.Response:
 async def readyz(call: Call[None, None]) -> web.Response:
     """Say whether new work is taken.
 
-    200: it is. 503: starting, draining or stopping; the reason says which. Send new work elsewhere.
+    200: it is; where the status is `degraded`, the reason says what does not work meanwhile: the store is away, and
+    transfers between nodes that know each other go on. 503: starting, draining or stopping; the reason says which. Send
+    new work elsewhere.
     """
-    return _health(call.engine.readiness())
+    return _health(call.engine.readiness(), call.engine.degraded())
 
 
-def _health(reason: str) -> web.Response:
-    health = a.Health("failing" if reason else "ok", reason)
+def _health(reason: str, degraded: str = "") -> web.Response:
+    status = "failing" if reason else "degraded" if degraded else "ok"
+    health = a.Health(status, reason or degraded)
     body = json.dumps(shape_of(a.Health).encode(health)).encode() + b"\n"
     return web.Response(status=503 if reason else 200, body=body, content_type=JSON)
 
@@ -70,8 +73,13 @@ async def list_holds(call: Call[None, None]) -> a.HoldList:
 
 
 async def list_peers(call: Call[None, None]) -> a.PeerList:
-    """List the nodes that this one knows, itself left out."""
+    """List the nodes that this one knows, itself left out: with a central store those that it deals with."""
     return a.PeerList(tuple(call.engine.peers()))
+
+
+async def list_nodes(call: Call[None, None]) -> a.NodeList:
+    """List all nodes of the store, asked from it now; the answer grows with the cluster."""
+    return a.NodeList(tuple(await call.engine.nodes()))
 
 
 async def list_agents(call: Call[None, None]) -> a.AgentList:
@@ -100,6 +108,22 @@ async def export_metadata(call: Call[None, b.ExportBody]) -> web.Response:
 async def import_metadata(call: Call[None, None]) -> t.RegionListing:
     """Load another node's blob; what was known of that node is replaced."""
     return await call.engine.import_metadata(await call.raw())
+
+
+async def publish_metadata(call: Call[None, b.ExportBody]) -> None:
+    """Put this node's record and regions under a label into the store, for other nodes to fetch; replaces it."""
+    regions = None if call.body.regions is None else b.region_ids(call.body.regions)
+    await call.engine.publish_metadata(call.part("label"), regions)
+
+
+async def withdraw_metadata(call: Call[None, None]) -> None:
+    """Take a label of this node back."""
+    await call.engine.withdraw_metadata(call.part("label"))
+
+
+async def fetch_metadata(call: Call[b.FetchQuery, None]) -> t.RegionListing:
+    """Load what a node put under a label, waiting for it to appear; what was known of that node is replaced."""
+    return await call.engine.fetch_metadata(call.query.node, call.part("label"), call.query.timeout)
 
 
 async def forget_metadata(call: Call[None, None]) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 TEXT = "text/plain"
+EVENTS = "text/event-stream"
 
 SLICE_S = MIN_TTL_S / 2
 """A wait renews its session so often, so that a patient caller's session does not expire under it."""

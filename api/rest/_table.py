@@ -11,11 +11,12 @@ from xferd.api import errors as e
 from xferd.api import types as t
 from xferd.api.rest import _answers as a
 from xferd.api.rest import _bodies as b
+from xferd.api.rest import _events as events
 from xferd.api.rest import _memory as memory
 from xferd.api.rest import _node as node
 from xferd.api.rest import _transfers as transfers
 from xferd.api.rest._openapi import document
-from xferd.api.rest._route import JSON, OCTETS, TEXT, Answer, Auth, Call, Route
+from xferd.api.rest._route import EVENTS, JSON, OCTETS, TEXT, Answer, Auth, Call, Route
 
 
 async def index(call: Call[None, None]) -> web.Response:
@@ -203,6 +204,8 @@ ROUTES: tuple[Route, ...] = (
     # -- who else is there
     Route("GET", "/v1/agents", node.list_agents, EITHER, Answer(a.AgentList)),
     Route("GET", "/v1/peers", node.list_peers, EITHER, Answer(a.PeerList)),
+    Route("GET", "/v1/peers/events", events.watch_peers, EITHER, Answer(media=EVENTS), query=b.EventsQuery),
+    Route("GET", "/v1/nodes", node.list_nodes, EITHER, Answer(a.NodeList), errors=(e.Unavailable,)),
     Route("GET", "/v1/nodes/{name}", node.get_other_node, EITHER, Answer(t.NodeInfo), errors=(e.PeerUnknown,)),
     Route(
         "GET",
@@ -231,6 +234,33 @@ ROUTES: tuple[Route, ...] = (
         Answer(t.RegionListing),
         raw_body=True,
         errors=(e.LimitExceeded, e.IntegrityError, e.Stale),
+    ),
+    Route(
+        "PUT",
+        "/v1/metadata/labels/{label}",
+        node.publish_metadata,
+        EITHER,
+        NOTHING,
+        body=b.ExportBody,
+        optional_body=True,
+        errors=(e.Unsupported, e.LimitExceeded, e.NotFound, e.Stale, e.Unavailable),
+    ),
+    Route(
+        "GET",
+        "/v1/metadata/labels/{label}",
+        node.fetch_metadata,
+        EITHER,
+        Answer(t.RegionListing),
+        query=b.FetchQuery,
+        errors=(e.Unsupported, e.NotFound, e.Unavailable),
+    ),
+    Route(
+        "DELETE",
+        "/v1/metadata/labels/{label}",
+        node.withdraw_metadata,
+        EITHER,
+        NOTHING,
+        errors=(e.Unsupported, e.NotFound),
     ),
     Route("DELETE", "/v1/metadata/{node}", node.forget_metadata, EITHER, NOTHING, errors=(e.NotFound, e.PeerUnknown)),
 )

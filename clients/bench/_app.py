@@ -23,7 +23,7 @@ from xferd.clients.bench._tables import progress, show, tables
 from xferd.clients.bench._xferd import Xferd
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from xferd.clients.bench._cases import Case
     from xferd.clients.bench._probes import Probe, System
@@ -39,7 +39,7 @@ STANDARD, QUICK = Pace(), Pace(rounds=2, visit_s=0.1, max_requests=50)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         return _run(options)
     except XferdError as error:
@@ -47,13 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(cases: Sequence[Case], pace: Pace) -> tuple[list[Row], dict[str, object]]:
+def systems_for(cases: Sequence[Case]) -> list[System]:
+    """Return the systems that there are, with memory for these cases; none is started yet."""
+    region_nbytes = region_for(cases)
+    return [Memcpy(region_nbytes), Iperf3(), Xferd(region_nbytes)]
+
+
+def run(cases: Sequence[Case], systems: Sequence[System], pace: Pace) -> tuple[list[Row], dict[str, object]]:
     """Measure cases on every system that can run them; returns rows and the environment record.
 
-    Daemons are started and stopped here. A case that every system refuses is left out, with a line on stderr.
+    The systems are entered and left here. A case that all refuse is left out, with a line on stderr.
     """
-    region_nbytes = region_for(cases)
-    systems: list[System] = [Memcpy(region_nbytes), Iperf3(), Xferd(region_nbytes)]
     with ExitStack() as stack:
         for system in systems:
             stack.enter_context(system)
@@ -91,7 +95,12 @@ def _run(options: argparse.Namespace) -> int:
     pace = QUICK if options.quick else STANDARD
     if options.rounds:
         pace = Pace(options.rounds, pace.visit_s, pace.min_requests, pace.max_requests)
-    rows, record = run(cases, pace)
+    rows, record = run(cases, systems_for(cases), pace)
+    return report(rows, record, options)
+
+
+def report(rows: Sequence[Row], record: Mapping[str, object], options: argparse.Namespace) -> int:
+    """Show and write results as the options say; returns the exit status, 1 if any bytes were wrong."""
     if options.json:
         json.dump(documents.document(rows, record), sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -108,25 +117,26 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = argparse.ArgumentParser(
         prog="xferbench",
         description="Measure how fast xferd moves bytes on this machine, beside memcpy and iperf3 in the same run.",
         epilog="It starts daemons of its own on loopback. Needs up to 2 GiB of memory with the standard cases.",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds, in seconds")
-    parser.add_argument(
+    made.add_argument("--quick", action="store_true", help="fewer cases and rounds, in seconds")
+    made.add_argument(
         "--cases",
         nargs="+",
         default=[],
         metavar="PATTERN",
         help="only cases whose name has this in it, or matches it as a shell pattern; their references are added",
     )
-    parser.add_argument("--list", action="store_true", help="list the cases and end")
-    parser.add_argument("--rounds", type=_positive, default=0, metavar="N", help="how often each case is visited")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw into an .svg or .png (needs matplotlib)")
-    parser.add_argument(
+    made.add_argument("--list", action="store_true", help="list the cases and end")
+    made.add_argument("--rounds", type=_positive, default=0, metavar="N", help="how often each case is visited")
+    made.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="draw into an .svg or .png (needs matplotlib)")
+    made.add_argument(
         "--write-docs",
         type=Path,
         nargs="?",
@@ -134,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"put tables, date and machine between the markers of a file (default {DOCS})",
     )
-    return parser
+    return made
 
 
 def _positive(text: str) -> int:

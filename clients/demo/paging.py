@@ -103,7 +103,7 @@ def gather(layers: Sequence[FloatArray], table: BlockTable, out: FloatArray) -> 
 
 
 def all_blocks(geometry: Geometry, regions: Sequence[RegionInfo]) -> DescriptorList:
-    """Return every block of a cache of one region a layer: a list to be prepared once, for ``block_rows`` to pick from."""
+    """Return every block of a cache, given the region of each layer: prepare it once, and let ``block_rows`` pick."""
     ids = np.array([region.id for region in regions], dtype=np.uint64)
     if len(ids) != geometry.layers:
         raise ValueError(f"{len(ids)} regions for {geometry.layers} layers")

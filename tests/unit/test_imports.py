@@ -26,7 +26,7 @@ FACES = ("xferd.api.grpc", "xferd.api.rest")
 # What an inference engine installs with the client library, and so all that its imports may need.
 LIGHT = {"grpc", "google", "numpy"}
 # Parts of clients/ that have an extra of their own, or are run only where their libraries are.
-HEAVY_CLIENTS = ("clients/ctl", "clients/demo")
+HEAVY_CLIENTS = ("clients/bench", "clients/ctl", "clients/demo")
 
 
 def modules() -> list[Path]:

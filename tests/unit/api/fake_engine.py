@@ -85,6 +85,8 @@ class FakeEngine:
         files: contents for ``register_file``, by path; a path that starts with ".." is outside the roots.
         peer_list: what ``peers`` returns.
         live_reason: what ``liveness`` returns.
+        labels: blobs by (node, label), as a store that keeps some; None is a store that keeps none.
+        degraded_reason: what ``degraded`` returns.
     """
 
     def __init__(
@@ -110,6 +112,8 @@ class FakeEngine:
         self.peer_list: list[t.PeerInfo] = []
         self.imported: dict[str, t.RegionListing] = {}
         self.live_reason = ""
+        self.labels: dict[tuple[str, str], bytes] | None = None
+        self.degraded_reason = ""
         self.draining = False
         self.level = "info"
         self._errors: dict[str, list[BaseException]] = {}
@@ -542,6 +546,34 @@ class FakeEngine:
         self._hit("peers")
         return list(self.peer_list)
 
+    async def nodes(self) -> list[t.NodeInfo]:
+        await self._enter("nodes")
+        return [self._node(), *(peer.node for peer in self.peer_list)]
+
+    async def watch_peers(self, name: str = "") -> AsyncIterator[t.PeerInfo]:
+        self._hit("watch_peers")
+        told: dict[str, t.PeerInfo] = {}
+
+        def news() -> list[t.PeerInfo]:
+            wanted = [peer for peer in self.peer_list if name in ("", peer.node.name)]
+            return [peer for peer in wanted if told.get(peer.node.name) != peer]
+
+        try:
+            while True:
+                async with self._changed:
+                    fresh = await self._changed.wait_for(news)
+                for peer in fresh:
+                    told[peer.node.name] = peer
+                    yield peer
+        except asyncio.CancelledError:
+            self._cancelled("watch_peers")
+            raise
+
+    async def set_peers(self, *peers: t.PeerInfo) -> None:
+        """Replace ``peer_list`` and wake who watches it."""
+        self.peer_list = list(peers)
+        await self._wake()
+
     async def export_metadata(self, regions: Sequence[t.RegionId] | None = None) -> bytes:
         await self._enter("export_metadata")
         shared = [
@@ -581,6 +613,33 @@ class FakeEngine:
         if self.imported.pop(name, None) is None:
             raise NotFound(f"node {name!r} came by no blob", remedy="only imported nodes can be forgotten")
 
+    async def publish_metadata(self, label: str, regions: Sequence[t.RegionId] | None = None) -> None:
+        await self._enter("publish_metadata")
+        self._labels()[self.name, label] = await self.export_metadata(regions)
+        await self._wake()
+
+    async def withdraw_metadata(self, label: str) -> None:
+        await self._enter("withdraw_metadata")
+        if self._labels().pop((self.name, label), None) is None:
+            raise NotFound(f"label {label!r}", remedy="publish it first")
+
+    async def fetch_metadata(self, node: str, label: str, timeout_s: float) -> t.RegionListing:
+        await self._enter("fetch_metadata")
+        labels = self._labels()
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: (node, label) in labels)
+        except TimeoutError:
+            raise NotFound(
+                f"node {node!r} has no label {label!r}", limit=f"{timeout_s} s", remedy="publish it"
+            ) from None
+        return await self.import_metadata(labels[node, label])
+
+    def _labels(self) -> dict[tuple[str, str], bytes]:
+        if self.labels is None:
+            raise Unsupported("the store keeps no blobs", remedy='set metadata.store = "etcd"')
+        return self.labels
+
     # -- admin
 
     def status(self) -> t.NodeStatus:
@@ -590,7 +649,7 @@ class FakeEngine:
             node=self._node(),
             live=not self.live_reason,
             ready=not self.readiness(),
-            reason=self.readiness(),
+            reason=self.readiness() or self.degraded_reason,
             draining=self.draining,
             sessions=len(self._sessions),
             regions=len(self._regions),
@@ -608,6 +667,9 @@ class FakeEngine:
 
     def readiness(self) -> str:
         return "draining" if self.draining else ""
+
+    def degraded(self) -> str:
+        return self.degraded_reason
 
     def config_toml(self) -> str:
         self._hit("config_toml")
@@ -692,7 +754,16 @@ class FakeEngine:
         agents = tuple(live.info.agent for live in self._sessions.values())
         kinds = (t.MemoryKind.DRAM, t.MemoryKind.FILE)
         return t.NodeInfo(
-            self.name, f"id-{self.name}", self.epoch, "0.1.0", (), ("local",), kinds, agents, self._started_at
+            self.name,
+            f"id-{self.name}",
+            self.epoch,
+            "0.1.0",
+            (),
+            ("local",),
+            kinds,
+            agents,
+            self._started_at,
+            self.draining,
         )
 
     def _session(self, caller: t.Caller) -> t.SessionId:

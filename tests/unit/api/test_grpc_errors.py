@@ -162,8 +162,6 @@ async def test_every_call_but_open_needs_a_live_token(client: Client, metadata: 
         client.transfers.Explain(pb.SubmitRequest(), metadata=metadata),
         client.notifications.Send(pb.Notification(), metadata=metadata),
         client.notifications.Receive(pb.ReceiveRequest(), metadata=metadata),
-        client.metadata.GetNode(pb.GetNodeRequest(), metadata=metadata),
-        client.metadata.ListPeers(pb.ListPeersRequest(), metadata=metadata),
         client.metadata.Export(pb.ExportRequest(), metadata=metadata),
         client.metadata.Import(pb.MetadataBlob(), metadata=metadata),
         client.metadata.Invalidate(pb.InvalidateRequest(), metadata=metadata),

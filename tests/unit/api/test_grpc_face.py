@@ -312,6 +312,34 @@ async def test_admin_lists_and_acts(client: Client, engine: FakeEngine) -> None:
     assert "operator" in (await client.stream.read()).closing
 
 
+@pytest.mark.parametrize(
+    ("configured", "sent", "welcome"),
+    [
+        ("", "", True),
+        ("", "expired", False),  # a session that ended never turns into an operator
+        ("sesame", "", False),
+        ("sesame", "wrong", False),
+        ("sesame", "sesame", True),
+    ],
+)
+async def test_operators_read_nodes_and_peers_without_a_session(configured: str, sent: str, welcome: bool) -> None:
+    async with (
+        serving(FakeEngine(admin_token=configured)) as face,
+        grpc.aio.insecure_channel(f"unix:{face.socket_path}") as channel,
+    ):
+        stub = Client(channel).metadata
+        metadata = (("authorization", f"Bearer {sent}"),) if sent else None
+        for call in (
+            stub.GetNode(pb.GetNodeRequest(), metadata=metadata),
+            stub.ListPeers(pb.ListPeersRequest(), metadata=metadata),
+        ):
+            if welcome:
+                await call
+                continue
+            code, _ = await failure(call)
+            assert code is grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_admin_token_is_asked_for() -> None:
     engine = FakeEngine(admin_token="sesame")
     async with serving(engine) as face, attached(face) as client:

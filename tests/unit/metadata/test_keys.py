@@ -33,7 +33,7 @@ def test_all_keys_of_a_node_have_its_prefix_and_no_other_nodes(node: str, other:
 
 
 @given(NAMES, NAMES, NAMES, NAMES)
-def test_an_agent_and_a_blob_are_read_back_from_nothing_else(node: str, agent: str, node2: str, label: str) -> None:
+def test_an_agent_is_read_back_and_a_blob_is_none(node: str, agent: str, node2: str, label: str) -> None:
     assert KEYS.parse(KEYS.agent(node, agent)) == (node, agent)
     assert KEYS.parse(KEYS.blob(node2, label)) is None
     assert (KEYS.blob(node, agent) == KEYS.blob(node2, label)) == ((node, agent) == (node2, label))
