@@ -31,7 +31,7 @@ from xferd.daemon.engine.planner import Planner
 from xferd.daemon.engine.runner import Runner
 from xferd.daemon.engine.scheduler import Scheduler
 from xferd.daemon.health import Health
-from xferd.daemon.identity import Identity, next_epoch
+from xferd.daemon.identity import Identity, lasting_id, next_epoch
 from xferd.daemon.lifecycle import Lifecycle
 from xferd.daemon.memory.desk import MemoryDesk
 from xferd.daemon.memory.files import FileRoots
@@ -102,7 +102,7 @@ class Daemon:
         name, epoch = config.node_name, next_epoch(config.run_dir)
         limits = config.limits
         self._backends: dict[str, Backend] = create_backends(config.active_backends())
-        self._identity = Identity(name, epoch, self._backends, self._agents)
+        self._identity = Identity(name, epoch, self._backends, self._agents, node_id=lasting_id(config.run_dir))
         self._regions = RegionTable(name, epoch, limits.max_regions)
         self._roots = FileRoots(config.files.roots)
         self._staging = StagingPool(config.transfers.staging, config.transfers.chunk)
@@ -112,7 +112,7 @@ class Daemon:
         exchange = None if self._transport is None else RecordExchange(self._transport, timeout_s=EXCHANGE_TIMEOUT_S)
         self._store = EmbeddedStore(_static_peers(config), exchange)
         self._peers = PeerManager(self._identity.info, self._store, self._transport, keep=_peer_names(config))
-        self._publisher = Publisher(self._store, self._identity.info)
+        self._publisher = Publisher(self._store, self._identity.info, on_drain=self._tell_drain)
         self._planner = Planner(
             name,
             self._backends,
@@ -221,6 +221,7 @@ class Daemon:
             config_toml=lambda: to_toml(self._config),
             log_level=logs.level_in_force,
             set_log_level=logs.set_level,
+            drain_changed=self._drain_changed,
             clock=time.time,
         )
         registry = metrics.exporter(self._service)
@@ -269,6 +270,7 @@ class Daemon:
         await stack.enter("publisher", self._publisher)
         await stack.enter("peers", self._peers)
         await stack.enter("runner", self._runner)
+        self._peers.subscribe(self._peer_lost)
         await stack.enter("sessions", self._sessions)
         await self._grpc.start()
         stack.push("grpc", lambda: self._grpc.aclose(GRPC_GRACE_S))
@@ -297,14 +299,17 @@ class Daemon:
         self._service.begin_drain("stopping")
         self._socket.stop_listening()
 
-    async def withdraw(self) -> None:
-        """Tell the others: health checks first, then the store."""
-        await self._grpc.set_serving(False)
-        await self._store.withdraw()
+    async def announce(self) -> None:
+        """Tell health checks, the store and peers that this node drains, so that they choose another."""
+        await self._publisher.publish()
 
     async def drain(self, timeout_s: float) -> int:
-        """Wait for running transfers; returns how many are left."""
+        """Wait for running transfers, of peers too; returns how many are left."""
         return await self._service.drain(timeout_s)
+
+    async def withdraw(self) -> None:
+        """Take the node's record back; nothing runs any more that peers would want to see through."""
+        await self._publisher.withdraw()
 
     async def reload(self, config: Config) -> list[str]:
         """Take over the live keys of a new tree; every key marked live in the tree is taken over here."""
@@ -329,6 +334,20 @@ class Daemon:
     def _limits(self) -> Limits:
         limits = self._config.limits
         return Limits(limits.max_descriptors, self._config.grpc.max_message, limits.max_notification, limits.max_group)
+
+    def _drain_changed(self, draining: bool) -> None:
+        self._identity.draining = draining
+        self._publisher.changed()
+
+    async def _tell_drain(self) -> None:
+        """The store has the record of a drain that began or ended; tell those who do not hear of it from the store."""
+        await self._grpc.set_serving(not self._identity.draining)
+        await self._peers.announce()
+
+    def _peer_lost(self, name: str, reason: str) -> None:
+        failed = self._transfers.fail_peer(name, reason)
+        if failed:
+            log.warning("peer_transfers_failed", peer=name, transfers=failed, reason=reason)
 
     async def _abort_holder(self, holder: str) -> None:
         """Bring a peer's hold to rest by cutting the lanes that serve it."""

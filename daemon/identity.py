@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EPOCH_FILE = "epoch"
+ID_FILE = "node-id"
 
 
 def next_epoch(run_dir: Path, now_ms: int | None = None) -> int:
@@ -32,17 +33,40 @@ def next_epoch(run_dir: Path, now_ms: int | None = None) -> int:
     return epoch
 
 
+def lasting_id(run_dir: Path) -> str:
+    """Return the node's random id, made at its first start and kept in the run directory.
+
+    It tells others a restart of this node, which may take its name over at once, from another node of the same name.
+    """
+    path = run_dir / ID_FILE
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return uuid.UUID(path.read_text().strip()).hex
+    made = uuid.uuid4().hex
+    path.write_text(f"{made}\n")
+    return made
+
+
 class Identity:
-    """This node's record. Name, id and epoch never change; addresses and agents do.
+    """This node's record. Name, id and epoch never change; addresses, agents and whether it drains do.
 
     Args:
+        node_id: what ``lasting_id`` gave; "" makes one for this start only.
         agents: the agents that are attached at present.
     """
 
-    def __init__(self, name: str, epoch: int, backends: Iterable[str], agents: Callable[[], tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        epoch: int,
+        backends: Iterable[str],
+        agents: Callable[[], tuple[str, ...]],
+        *,
+        node_id: str = "",
+    ) -> None:
         self.name = name
-        self.id = uuid.uuid4().hex
+        self.id = node_id or uuid.uuid4().hex
         self.epoch = epoch
+        self.draining = False
         self.addresses: tuple[str, ...] = ()
         self.started_at = time.time()
         self._backends = tuple(backends)
@@ -61,4 +85,5 @@ class Identity:
             kinds=(MemoryKind.DRAM, MemoryKind.FILE),
             agents=self._agents(),
             started_at=self.started_at,
+            draining=self.draining,
         )

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
-WITHDRAW_TIMEOUT_S = 5.0
-"""What telling the others may take; they notice by themselves when we are gone."""
+TELL_TIMEOUT_S = 5.0
+"""What telling the others may take, each time; they notice by themselves when we are gone."""
 
 RELOAD_TIMEOUT_S = 10.0
 """What taking over a tree may take; a stop that comes meanwhile waits for it."""
@@ -53,11 +53,14 @@ class Service(Protocol):
     def begin_drain(self) -> None:
         """Refuse new work from now on, and say so in ``readiness``."""
 
-    async def withdraw(self) -> None:
-        """Tell the other nodes that this one is going."""
+    async def announce(self) -> None:
+        """Tell the other nodes that this one takes no new work."""
 
     async def drain(self, timeout_s: float) -> int:
         """Wait for running work to end; returns how many transfers are left at the deadline."""
+
+    async def withdraw(self) -> None:
+        """Tell the other nodes that this one is going; nothing of theirs runs here any more."""
 
     async def reload(self, config: Config) -> list[str]:
         """Take over a tree whose live keys may differ; returns the keys that it could not take over."""
@@ -176,20 +179,24 @@ class Lifecycle:
         self._notifier.ready(self._summary(service))
 
     async def _drain(self, service: Service) -> None:
-        """Stop in order: not ready and refusing, withdrawn, then drained until the deadline. No failure stops it."""
+        """Stop in order: refusing, the others told, drained until the deadline, withdrawn. No failure stops it.
+
+        The record goes last: peers whose transfers run to their end here must not take this node for dead.
+        """
         timeout_s = self.config.shutdown.drain_timeout
         deadline = time.monotonic() + timeout_s
-        self._notifier.stopping("draining", extend_s=timeout_s + WITHDRAW_TIMEOUT_S + self._stray_grace_s)
+        self._notifier.stopping("draining", extend_s=timeout_s + 2 * TELL_TIMEOUT_S + self._stray_grace_s)
         try:
             service.begin_drain()
         except Exception:
             log.exception("stop_step_failed", step="begin_drain")
-        await _attempt("withdraw", service.withdraw(), WITHDRAW_TIMEOUT_S)
+        await _attempt("announce", service.announce(), TELL_TIMEOUT_S)
         left_s = max(deadline - time.monotonic(), 0.0)
         # The service keeps to the deadline itself; the margin is for one that does not.
-        remaining = await _attempt("drain", service.drain(left_s), left_s + WITHDRAW_TIMEOUT_S)
+        remaining = await _attempt("drain", service.drain(left_s), left_s + TELL_TIMEOUT_S)
         if remaining:
             log.warning("drain_deadline_passed", transfers=remaining, drain_timeout_s=timeout_s)
+        await _attempt("withdraw", service.withdraw(), TELL_TIMEOUT_S)
         self._notifier.status("closing")
 
     async def _end_strays(self) -> bool:

@@ -6,10 +6,11 @@ or sessions.
 
 from __future__ import annotations
 
+from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, UnknownMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
@@ -33,6 +34,7 @@ class ServiceCollector(Collector):
         yield from self._pools()
         yield from self._backends()
         yield from self._peers()
+        yield from self._store()
 
     def _node(self) -> Iterator[Metric]:
         status = self._service.status()
@@ -89,6 +91,17 @@ class ServiceCollector(Collector):
         for state, count in states.items():
             family.add_metric([state], count)
         yield family
+        yield CounterMetricFamily("xferd_peer_lost", "connected peers lost", value=self._service.peer_losses())
+
+    def _store(self) -> Iterator[Metric]:
+        healthy = GaugeMetricFamily("xferd_store_healthy", "1 where the store of nodes works, 0 where it is away")
+        healthy.add_metric([], 0 if self._service.degraded() else 1)
+        yield healthy
+        counted = self._service.store_statistics()
+        if is_dataclass(counted) and not isinstance(counted, type):
+            for name, value in asdict(counted).items():
+                metric = name.removesuffix("_s") + "_seconds" if name.endswith("_s") else name
+                yield UnknownMetricFamily(f"xferd_store_{metric}", f"the store's own: {name}", value=value)
 
 
 def exporter(service: Service) -> CollectorRegistry:

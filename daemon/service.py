@@ -5,6 +5,7 @@ Sessions are ``sessions/desk.py``, memory ``memory/desk.py``, transfers ``engine
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import structlog
@@ -21,6 +22,7 @@ from xferd.api.types import (
     TransferState,
 )
 from xferd.daemon.memory.regions import LocalActor
+from xferd.daemon.peers.labels import fetch_blob
 from xferd.metadata.blob import decode_blob, encode_blob
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Service:
         config_toml: Callable[[], str],
         log_level: Callable[[], str],
         set_log_level: Callable[[str], str],
+        drain_changed: Callable[[bool], None],
         clock: Callable[[], float],
     ) -> None:
         self._me = me
@@ -91,6 +94,7 @@ class Service:
         self._config_toml = config_toml
         self._log_level = log_level
         self._set_log_level = set_log_level
+        self._drain_changed = drain_changed
         self._clock = clock
         self._refusal = "starting"
         self._is_stopping = False
@@ -245,6 +249,12 @@ class Service:
     def peers(self) -> list[t.PeerInfo]:
         return self._peers.peers()
 
+    async def nodes(self) -> list[NodeInfo]:
+        return sorted([self._me(), *await self._store.list_nodes()], key=lambda node: node.name)
+
+    def watch_peers(self, name: str = "") -> AsyncIterator[t.PeerInfo]:
+        return self._peers.watch(name)
+
     async def export_metadata(self, regions: Sequence[t.RegionId] | None = None) -> bytes:
         if regions is None:
             shared = self._regions.visible(None, RegionQuery())
@@ -262,16 +272,25 @@ class Service:
     async def invalidate(self, name: str) -> None:
         await self._store.forget(name)
 
+    async def publish_metadata(self, label: str, regions: Sequence[t.RegionId] | None = None) -> None:
+        await self._store.put_blob(label, await self.export_metadata(regions))
+
+    async def withdraw_metadata(self, label: str) -> None:
+        await self._store.drop_blob(label)
+
+    async def fetch_metadata(self, node: str, label: str, timeout_s: float) -> RegionListing:
+        return await self.import_metadata(await fetch_blob(self._store, node, label, timeout_s))
+
     # ------------------------------------------------------------------------------------ Admin
 
     def status(self) -> NodeStatus:
         me, ended = self._me(), self._transfers.counters.ended
-        reason = self.readiness()
+        refusal = self.readiness()
         return NodeStatus(
             node=me,
             live=not self._liveness(),
-            ready=not reason,
-            reason=reason,
+            ready=not refusal,
+            reason=refusal or self.degraded(),
             draining=bool(self._refusal),
             sessions=len(self._sessions.sessions()),
             regions=len(self._regions),
@@ -287,7 +306,18 @@ class Service:
         return self._liveness()
 
     def readiness(self) -> str:
-        return self._refusal or self._store.health()
+        return self._refusal
+
+    def degraded(self) -> str:
+        return self._store.health()
+
+    def peer_losses(self) -> int:
+        """Return how many connected peers were lost since the start, for metrics."""
+        return self._peers.losses
+
+    def store_statistics(self) -> object:
+        """Return the store's own counters, for metrics."""
+        return self._store.statistics()
 
     def config_toml(self) -> str:
         return self._config_toml()
@@ -346,11 +376,16 @@ class Service:
         self._is_stopping = self._is_stopping or reason == "stopping"
         if self._serving is not None:
             self._serving.refuse(reason)
+        self._drain_changed(True)
 
     async def drain(self, timeout_s: float) -> int:
         self.begin_drain("stopping" if self._is_stopping else "draining")
-        await self._transfers.wait_all(timeout_s)
-        return len(self._transfers.active)
+        theirs = 0
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._transfers.wait_all(timeout_s), name="drain transfers")
+            if self._serving is not None:
+                theirs = await self._serving.wait_idle(timeout_s)
+        return len(self._transfers.active) + theirs
 
     def undrain(self) -> None:
         if self._is_stopping:
@@ -358,6 +393,7 @@ class Service:
         self._refusal = ""
         if self._serving is not None:
             self._serving.refuse("")
+        self._drain_changed(False)
 
     def _check_open(self) -> None:
         if self._refusal:

@@ -273,6 +273,10 @@ class NodeCache:
         self.events += len(batch.changes)
         for name in self._apply(batch.changes):
             known = self._known[name]
+            if known.missing_until is None and known.node is not None and known.assembled() is None and self._unsure():
+                known.missing_until = _now() + self._grace_s
+                self._missing(name)
+                self._changed.set()  # for the end of the grace to be waited for
             if known.missing_until is None or known.assembled() is not None:
                 self._settle(name, known, "its record has gone: it was withdrawn, or its lease ended")
 
@@ -313,6 +317,15 @@ class NodeCache:
 
     # -- grace
 
+    def _unsure(self) -> bool:
+        """Return True while leases may have ended because etcd stood still, not because their nodes did."""
+        if self._client.away_since is not None:
+            return True
+        if self._client.outage is None:
+            return False
+        away_s, ended = self._client.outage
+        return away_s >= self._grace_s / 4 and _now() - ended < self._grace_s
+
     async def _expire_while(self, delay_s: float | None) -> None:
         """Wait so long (None: until interests change), dropping nodes whose grace ends meanwhile."""
         until = _now() + delay_s if delay_s is not None else None
@@ -336,7 +349,7 @@ class NodeCache:
         for name, known in list(self._known.items()):
             if known.missing_until is None or known.missing_until > now:
                 continue
-            if self.stale_since is not None:  # etcd went away again: nobody can show there that it lives
+            if self.stale_since is not None or self._client.away_since is not None:  # nobody can show that it lives
                 known.missing_until = now + self._grace_s
                 continue
             self._settle(name, known, f"it did not register again within {self._grace_s:g}s of etcd's return")

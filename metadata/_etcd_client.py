@@ -68,6 +68,7 @@ class EtcdClient:
         self._closed = False
         self.away_since: float | None = None
         self.away_reason = ""
+        self.outage: tuple[float, float] | None = None  # the last one that ended: its length, and when, in loop time
         self.requests = 0
 
     # -- life
@@ -187,7 +188,9 @@ class EtcdClient:
     def seen(self) -> None:
         """Note that etcd answered."""
         if self.away_since is not None:
-            _log.info("etcd_back", endpoint=self.talking_to(), away_s=round(self._clock() - self.away_since, 3))
+            away_s = self._clock() - self.away_since
+            self.outage = away_s, _now()
+            _log.info("etcd_back", endpoint=self.talking_to(), away_s=round(away_s, 3))
         self.away_since, self.away_reason = None, ""
 
     def missed(self, failure: XferdError | None) -> Unavailable:

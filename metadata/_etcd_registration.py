@@ -77,6 +77,7 @@ class Registration:
         ttl_s: of the lease.
         request_timeout_s: for one operation.
         backoff: delay in seconds before the n-th attempt to heal.
+        registered: called when our record has come to lie there, after a time without.
         clock: seconds that go on while the process is stopped.
 
     Public methods are cancel-safe: what was begun and not confirmed is written again.
@@ -90,6 +91,7 @@ class Registration:
         ttl_s: float,
         request_timeout_s: float,
         backoff: Callable[[int], float],
+        registered: Callable[[], None],
         clock: Callable[[], float] = boot_time,
     ) -> None:
         self._client = client
@@ -97,6 +99,7 @@ class Registration:
         self._ttl_s = ttl_s
         self._timeout_s = request_timeout_s
         self._backoff = backoff
+        self._tell_registered = registered
         self._clock = clock
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -107,6 +110,7 @@ class Registration:
         self._lease: Lease | None = None
         self._mod_revision = 0  # of the node's key, as last known; every write is guarded by it
         self.me: NodeInfo | None = None
+        self.is_registered = False  # our record lay there once, and was not withdrawn
         self.problem = ""
         self.leases_granted = 0
 
@@ -124,6 +128,7 @@ class Registration:
             before, before_wanted = self.me, self._wanted
             if before is not None and before.name != node.name:
                 self._lose("the node was renamed")  # it ends with all that lies under the old name
+                self.is_registered = False
                 self._touched.clear()
             self.me, self._wanted = node, wanted
             try:
@@ -172,6 +177,7 @@ class Registration:
         """Take all keys back by ending the lease. Where etcd is away they go when it ends by itself."""
         async with self._lock:
             lease, self._lease = self._lease, None
+            self.is_registered = False
             self.me, self._wanted, self._blobs, self.problem = None, {}, {}, ""
             self._forget()
             self._touched.clear()
@@ -246,6 +252,9 @@ class Registration:
                 self._touched.difference_update(batch.deletes)
                 if guard.key in batch.puts:
                     self._mod_revision = result.revision
+                    if not self.is_registered:
+                        self.is_registered = True
+                        self._tell_registered()
                 continue
             claims += 1
             if claims > MAX_CLAIMS:

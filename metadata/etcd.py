@@ -83,6 +83,7 @@ class EtcdStore(Store):
             ttl_s=options.ttl,
             request_timeout_s=options.request_timeout,
             backoff=lambda attempt: backoff(attempt, cap_s),
+            registered=lambda: self._cache.interests_changed(),
             clock=lease_clock,
         )
         self._cache = NodeCache(
@@ -183,7 +184,6 @@ class EtcdStore(Store):
         """
         self._check_open()
         await self._registration.publish(node)
-        self._cache.interests_changed()
 
     async def withdraw(self) -> None:
         """End the lease, and with it our record, our agents' and our labels."""
@@ -259,10 +259,11 @@ class EtcdStore(Store):
         self._check_open()
         watch = Watch(name, self._cache.interests_changed)
         me = self._registration.me
-        known = {**self._cache.nodes(), **self._loaded} if not name else {name: self._best(name)}
-        for node in known.values():
-            if node is not None and (me is None or node.name != me.name):
-                watch.tell(NodeChange(node.name, node))
+        # Only what is being watched, or was loaded: anything else comes with the first reading, and cannot be missed.
+        for known in sorted({*self._cache.nodes(), *self._loaded}) if not name else [name]:
+            node = self._cache.node(known) or self._loaded.get(known)
+            if node is not None and (me is None or known != me.name):
+                watch.tell(NodeChange(known, self._best(known)))
         self._watches.add(watch)
         self._cache.interests_changed()
         return watch
@@ -345,7 +346,8 @@ class EtcdStore(Store):
     def _interests(self) -> set[str]:
         me = self._registration.me
         names = {watch.name for watch in self._watches if not watch.ended}
-        return names | {me.name} if me is not None else names
+        # Our own too, to notice if somebody takes our record away; not before it lies there.
+        return names | {me.name} if me is not None and self._registration.is_registered else names
 
     def _is_wanted_all(self) -> bool:
         return "" in self._interests()

@@ -33,7 +33,7 @@ class MetadataServicer(pb_grpc.MetadataServiceServicer):
 
     @answers
     async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.NodeList:
-        caller_of(self._engine, context)
+        reader_of(self._engine, context)
         return pb.NodeList(nodes=[wire.node_to_message(node) for node in await self._engine.nodes()])
 
     # A coroutine that writes, where the stub expects a generator: a cancelled one cleans up at once.

@@ -1224,7 +1224,7 @@ class MetadataServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchPeers(self, request, context):
-        """The peers as they are, then each one whose state, reason or record changed, until the session or the call ends.
+        """The peers as they are, then each one whose state, reason or record changed, until the call is cancelled.
         A slow reader gets the newest state of each peer, not all that came between.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1239,7 +1239,7 @@ class MetadataServiceStub(typing.Generic[_MetadataServiceGetNodeType, _MetadataS
     """All nodes of the store, asked from it now. The answer grows with the cluster; do not poll it."""
 
     WatchPeers: _MetadataServiceWatchPeersType
-    """The peers as they are, then each one whose state, reason or record changed, until the session or the call ends.
+    """The peers as they are, then each one whose state, reason or record changed, until the call is cancelled.
     A slow reader gets the newest state of each peer, not all that came between.
     """
 
@@ -1338,7 +1338,7 @@ class MetadataServiceServicer(metaclass=abc.ABCMeta):
         request: xferd.api.proto.xferd_v1_pb2.WatchPeersRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[xferd.api.proto.xferd_v1_pb2.Peer], collections.abc.AsyncIterator[xferd.api.proto.xferd_v1_pb2.Peer]]:
-        """The peers as they are, then each one whose state, reason or record changed, until the session or the call ends.
+        """The peers as they are, then each one whose state, reason or record changed, until the call is cancelled.
         A slow reader gets the newest state of each peer, not all that came between.
         """
 

@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="only cases whose name has this in it, or matches it as a shell pattern; their references are added",
+        help="only cases whose name has this in it (wildcards allowed), and what they are compared with",
     )
     made.add_argument("--list", action="store_true", help="list the cases and end")
     made.add_argument("--rounds", type=_positive, default=0, metavar="N", help="how often each case is visited")

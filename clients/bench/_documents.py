@@ -31,11 +31,11 @@ def section(rows: Sequence[Row], environment: Mapping[str, object]) -> str:
     packages = environment["packages"]
     assert isinstance(packages, dict)
     lines = [
-        f"Measured {environment['date']} on {environment['cores']} cores of {environment['cpu']}, "
+        f"Measured on {str(environment['date'])[:10]}: {environment['cores']} cores of {environment['cpu']}, "
         f"{environment['memory_gib']} GiB, {environment['kernel']}, Python {environment['python']}, "
         + ", ".join(f"{name} {version}" for name, version in packages.items() if version)
         + (f", {systems['iperf3']['version']}" if systems.get("iperf3", {}).get("version") else "")
-        + f"; load average at the end {environment['load']}.",
+        + f"; load average when done {environment['load']}.",
         "",
     ]
     lines += [f"- {line}" for line in findings(rows)]

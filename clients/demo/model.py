@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,12 +53,16 @@ class ModelShape:
 
 
 class LanguageModel:
-    """A causal model with its tokenizer, ready to run. ``convert`` makes the folder that ``load`` reads."""
+    """A causal model with its tokenizer, ready to run. ``convert`` makes the folder that it is loaded from."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:  # transformers' objects have no types that help
-        self._torch = _libraries()[0]
-        self._model = model.eval()
-        self._tokenizer = tokenizer
+    def __init__(self, folder: Path) -> None:
+        """Load what ``convert`` made."""
+        # None of these has types that help.
+        self._torch, self._transformers = _libraries(folder)
+        self._tokenizer: Any = self._transformers.AutoTokenizer.from_pretrained(folder)
+        self._model: Any = self._transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self._torch.float32, attn_implementation="sdpa"
+        ).eval()
 
     @classmethod
     def convert(cls, folder: Path) -> None:
@@ -67,7 +71,7 @@ class LanguageModel:
         Raises:
             ModelMissing: a package is not installed.
         """
-        torch, transformers = _libraries()
+        torch, transformers = _libraries(folder)
         from safetensors.torch import save_model
 
         home, file = _gguf()
@@ -78,16 +82,6 @@ class LanguageModel:
         type(model.config).from_dict(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Load what ``convert`` made."""
-        torch, transformers = _libraries()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
-        )
-        return cls(model, tokenizer)
 
     @property
     def shape(self) -> ModelShape:
@@ -121,7 +115,7 @@ class LanguageModel:
         """Build a cache; ``fill`` gets an array of ``shape`` (``Geometry.kv_shape``) to write it into."""
         kv = self._torch.empty(shape, dtype=self._torch.float32)
         fill(kv.numpy())
-        cache = _libraries()[1].DynamicCache()
+        cache = self._transformers.DynamicCache()
         for number, (keys, values) in enumerate(kv):
             cache.update(keys[np.newaxis], values[np.newaxis], number)
         return cache
@@ -166,10 +160,10 @@ def require_packages() -> None:
         )
 
 
-def _libraries() -> tuple[Any, Any]:
-    """Import torch and transformers, told to stay offline and quiet."""
+def _libraries(scratch: Path) -> tuple[Any, Any]:
+    """Import torch and transformers, told to stay offline, quiet, and inside ``scratch`` with their files."""
     require_packages()
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(_ENVIRONMENT, TORCHINDUCTOR_CACHE_DIR=str(scratch / "torch"))
     import torch
     import transformers
 

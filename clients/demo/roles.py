@@ -75,7 +75,7 @@ class _Role:
 
     def load(self, folder: Path) -> ModelShape:
         """Load the converted model."""
-        self._model = LanguageModel.load(folder)
+        self._model = LanguageModel(folder)
         return self._model.shape
 
     def warm_up(self, tokens: Sequence[int]) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
     from multiprocessing.connection import Connection
+    from types import FrameType
 
 CALL_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 5.0
@@ -38,7 +40,8 @@ class Worker:
         self._name = name
         self._pipe, theirs = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(theirs, make), name=f"demo-{name}", daemon=True)
-        # The mask is inherited: Ctrl-C stays with us, who then stop the worker.
+        # Inherited, so that Ctrl-C stays with us, who then stop the worker; it ignores the signal once it is up, too,
+        # because multiprocessing lifts the mask when it starts its own helper process, with the first worker.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
@@ -105,6 +108,8 @@ class Worker:
 def _serve(pipe: Connection, make: Callable[[], AbstractContextManager[Any]]) -> None:
     """Answer calls until the pipe ends; the main function of a worker."""
     os.dup2(2, 1)  # the standard output stream belongs to the report
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
     with make() as target:
         while True:
             try:
@@ -112,3 +117,8 @@ def _serve(pipe: Connection, make: Callable[[], AbstractContextManager[Any]]) ->
             except EOFError:
                 return
             pipe.send(getattr(target, method)(*args))
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    """End in order on SIGTERM: what libraries keep in shared memory is given back."""
+    sys.exit(128 + signal.SIGTERM)

@@ -19,6 +19,7 @@ from xferd.api.errors import (
     InvalidArgument,
     NotFound,
     Overloaded,
+    PeerLost,
     PermissionDenied,
     Unauthenticated,
     XferdError,
@@ -218,6 +219,22 @@ class TransferDesk:
         for transfer in transfers:
             self._forget(transfer)
         self._by_session.pop(session, None)
+
+    def fail_peer(self, node: str, reason: str) -> int:
+        """Begin to fail all active transfers with another node, those that wait for their turn too.
+
+        Returns how many; other nodes' go on.
+        """
+        lost = [transfer for transfer in self.active if transfer.remote_node == node]
+        for transfer in lost:
+            self._runner.fail(
+                transfer,
+                PeerLost(
+                    f"node {node!r} was lost while transfer {transfer.id} was {transfer.state.value}: {reason}",
+                    remedy="submit it again once the node is back, or use another node",
+                ),
+            )
+        return len(lost)
 
     async def wait_all(self, timeout_s: float) -> None:
         """Return when nothing is active, or the time is over."""

@@ -21,23 +21,26 @@ from xferd.api.errors import (
     PeerUnknown,
     ProtocolViolation,
     Stale,
+    Unavailable,
     Unsupported,
     XferdError,
 )
 from xferd.api.proto import peer_v1_pb2 as peer_pb
 from xferd.api.types import RegionQuery
-from xferd.api.wire import listing_from_message, notification_to_message
+from xferd.api.wire import listing_from_message, node_to_message, notification_to_message
 from xferd.daemon.peers.exchange import new_cause_id
+from xferd.daemon.peers.feed import PeerFeed
+from xferd.daemon.peers.interest import PeerInterest
 from xferd.daemon.peers.regions import RemoteRegions
 from xferd.daemon.peers.table import PeerTable
 from xferd.plugins.base import PeerLinkStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
     from typing import Self
 
     from xferd.api.types import NodeInfo, Notification, PeerInfo, RegionId, RegionInfo, RegionListing
-    from xferd.metadata.base import Store
+    from xferd.metadata.base import NodeChange, Store
     from xferd.plugins.base import PeerIdentity, PeerTransport
 
     PeerLostCallback = Callable[[str, str], None]
@@ -95,12 +98,15 @@ class PeerManager:
         self._clock = clock
         self._backoff = backoff
         self._request_timeout_s = request_timeout_s
-        self._table = PeerTable(clock)
+        self._feed = PeerFeed()
+        self._table = PeerTable(clock, self._changed)
+        self._interest = PeerInterest(store, self._record_changed, is_busy=self._is_busy, on_dropped=self._table.remove)
         self._listeners: list[PeerLostCallback] = []
         self._dials: dict[str, asyncio.Task[PeerIdentity]] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._closed = False
+        self.losses = 0
 
     # -- life
 
@@ -112,13 +118,16 @@ class PeerManager:
         await self.aclose()
 
     async def start(self) -> None:
-        """List known nodes, watch the store, and begin to reach the kept peers. Does not wait for any peer."""
+        """Begin to watch and to reach the kept peers. Does not wait for any peer.
+
+        A store where that is cheap is listed and watched as a whole; in any other a peer is watched from the first
+        dealing with it on.
+        """
         self._check_open()
-        if self._watcher is not None:
-            return
-        for node in await self._store.list_nodes():
-            self._table.recorded(node)
-        self._watcher = self._spawn(self._watch(), "xferd-peers-watch")
+        if self._watcher is None and self._store.watches_all:
+            for node in await self._store.list_nodes():
+                self._table.recorded(node)
+            self._watcher = self._spawn(self._watch(), "xferd-peers-watch")
         self._start_keepers()
 
     async def reload(self, keep: Sequence[str]) -> None:
@@ -127,12 +136,13 @@ class PeerManager:
         self._keep = tuple(keep)
         dropped = [name for name in self._keepers if name not in self._keep]
         await _end([self._keepers.pop(name) for name in dropped])
-        nodes = {node.name: node for node in await self._store.list_nodes()}
-        for node in nodes.values():
-            self._table.recorded(node)
-        for name in dropped:
-            if name not in nodes:
-                self._table.remove(name)
+        if self._store.watches_all:
+            nodes = {node.name: node for node in await self._store.list_nodes()}
+            for node in nodes.values():
+                self._table.recorded(node)
+            for name in dropped:
+                if name not in nodes:
+                    self._table.remove(name, "it was taken out of the configuration")
         self._start_keepers()
 
     async def aclose(self) -> None:
@@ -143,25 +153,41 @@ class PeerManager:
             tasks.append(self._watcher)
         self._keepers.clear()
         self._listeners.clear()
+        self._feed.end()
+        await self._interest.aclose()
         await _end(tasks)
 
     # -- peers
 
     async def resolve(self, name: str) -> PeerIdentity:
-        """Return who answers under a name, connecting if need be. Callers at the same time share one attempt.
+        """Return who answers under a name and takes new work, connecting if need be.
+
+        Callers at the same time share one attempt.
 
         Raises:
             InvalidArgument: it is this node.
             PeerUnknown: no node of this name is known; the message names those that are, and the remedy.
             PeerLost: it does not answer.
+            Unavailable: it drains; what runs with it goes on.
             Unsupported: no backend reaches other nodes.
         """
+        identity = await self._reached(name)
+        refusal = self._table.refusal(name)
+        if refusal:
+            raise Unavailable(
+                f"node {name!r} takes no new work: {refusal}", remedy="choose another node, or wait until it is back"
+            )
+        return identity
+
+    async def _reached(self, name: str) -> PeerIdentity:
+        """Return who answers under a name, also one that drains: what runs with it is brought to its end."""
         self._check_open()
         transport = self._reach()
         if name == self._me().name:
             raise InvalidArgument(f"{name!r} is this node", remedy='leave the node out, or give ""')
         identity, address = self._table.dialled(name)
         if identity is not None:
+            self._deal_with(name)
             try:  # at once if the lane is up; another one alone would carry requests, but no bytes
                 return await transport.connect(address, name=name, epoch=identity.epoch)
             except (PeerLost, Stale):
@@ -182,7 +208,7 @@ class PeerManager:
         Raises:
             Stale: it was restarted since. Raises like ``resolve`` too.
         """
-        identity = await self.resolve(name)
+        identity = await self._reached(name)
         if epoch not in (0, identity.epoch):
             raise Stale(
                 f"node {name!r} is at epoch {identity.epoch}, the reference is of epoch {epoch}",
@@ -195,6 +221,22 @@ class PeerManager:
         link = self._transport.link if self._transport is not None else _no_link
         me = self._me().name
         return [info for info in self._table.listing(link) if info.node.name != me]
+
+    async def watch(self, name: str = "") -> AsyncIterator[PeerInfo]:
+        """Yield the present peers, or the one named, then each as its state, reason or record changes.
+
+        A slow reader gets the newest state of each peer. Ends when this object is closed.
+        """
+        me = self._me().name
+        if name and name != me:
+            self._deal_with(name)
+        reader = self._feed.open(name, self.peers())
+        try:
+            while (info := await reader.next()) is not None:
+                if info.node.name != me:
+                    yield info
+        finally:
+            self._feed.close(reader)
 
     def subscribe(self, on_peer_lost: PeerLostCallback) -> Callable[[], None]:
         """Hear of losses: when a connected peer is lost, or comes back under another epoch.
@@ -215,7 +257,7 @@ class PeerManager:
     async def regions(self, name: str, query: RegionQuery, *, cause_id: str = "") -> RegionListing:
         """Ask a node for those of its regions that other nodes may see. Raises like ``resolve``."""
         ask = peer_pb.GetRegions(agent=query.agent, label=query.label, region=query.regions)
-        identity = await self.resolve(name)
+        identity = await self._reached(name)
         reply = await self._request(identity, peer_pb.PeerRequest(get_regions=ask), "regions", cause_id=cause_id)
         listing = listing_from_message(reply.regions)
         if (listing.node, listing.epoch) != (identity.node, identity.epoch):
@@ -267,7 +309,7 @@ class PeerManager:
             Overloaded: the agent's inbox is full. Raises like ``resolve`` too.
         """
         request = peer_pb.PeerRequest(notify=peer_pb.Notify(notification=notification_to_message(notification)))
-        await self._request(await self.resolve(name), request, "done", cause_id=cause_id)
+        await self._request(await self._reached(name), request, "done", cause_id=cause_id)
 
     async def quiesce(self, name: str, transfer_id: str, *, cause_id: str = "", timeout_s: float = 0.0) -> None:
         """Return when the other node moves no byte of our transfer any more, and refuses later frames of it.
@@ -277,12 +319,32 @@ class PeerManager:
             DeadlineExceeded: it did not come to rest in time.
         """
         request = peer_pb.PeerRequest(quiesce=peer_pb.Quiesce(transfer_id=transfer_id))
-        await self._request(await self.resolve(name), request, "done", cause_id=cause_id, timeout_s=timeout_s)
+        await self._request(await self._reached(name), request, "done", cause_id=cause_id, timeout_s=timeout_s)
+
+    async def announce(self) -> None:
+        """Give this node's record to all connected peers, where they learn it from nobody else.
+
+        One that does not take it learns it at its next connection.
+        """
+        if self._transport is None or not self._store.watches_all:
+            return
+        record = peer_pb.GetNode(mine=node_to_message(self._me()))
+        async with asyncio.TaskGroup() as group:
+            for name in self._table.connected_names():
+                request = peer_pb.PeerRequest(cause_id=new_cause_id(), get_node=record)
+                group.create_task(self._tell_record(name, request), name=f"xferd-peer-announce-{name}")
+
+    async def _tell_record(self, name: str, request: peer_pb.PeerRequest) -> None:
+        try:
+            await self._reach().request(name, request, timeout_s=self._request_timeout_s)
+        except XferdError as exc:
+            _log.info("peer_not_told", peer=name, problem=str(exc))
 
     # -- what the transport tells (through PeerServing)
 
     def peer_connected(self, peer: PeerIdentity) -> None:
         """A first lane is up, whoever opened it."""
+        self._deal_with(peer.node)
         superseded = self._table.connected(peer)
         if superseded is not None:
             self._tell_lost(peer.node, f"it was restarted: epoch {superseded.epoch} became {peer.epoch}")
@@ -306,6 +368,7 @@ class PeerManager:
         try:
             node = await self._store.refresh(name)
             self._table.recorded(node)
+            self._deal_with(name)
             identity, address = await self._connect(node)
         except XferdError as exc:
             incoming = self._table.identity(name)
@@ -358,17 +421,37 @@ class PeerManager:
         return reply
 
     async def _watch(self) -> None:
-        async for change in self._store.watch():
-            connected = self._table.identity(change.name)
-            if change.node is None:
-                if connected is not None:
-                    await self._disconnect(connected, change.reason or "its record was withdrawn")
-                self._table.gone(change.name, change.reason)
-                self._cache.drop(change.name)
-                continue
-            self._table.recorded(change.node)
-            if connected is not None and change.node.epoch > connected.epoch:
-                await self._disconnect(connected, f"it was restarted, now at epoch {change.node.epoch}")
+        watch = self._store.watch()
+        try:
+            async for change in watch:
+                await self._record_changed(change)
+        finally:
+            await watch.aclose()
+
+    async def _record_changed(self, change: NodeChange) -> None:
+        connected = self._table.identity(change.name)
+        if change.node is None:
+            if connected is not None:
+                await self._disconnect(connected, change.reason or "its record was withdrawn")
+            self._table.gone(change.name, change.reason)
+            self._cache.drop(change.name)
+            return
+        self._table.recorded(change.node)
+        if connected is not None and change.node.epoch > connected.epoch:
+            await self._disconnect(connected, f"it was restarted, now at epoch {change.node.epoch}")
+
+    def _deal_with(self, name: str) -> None:
+        if not self._store.watches_all:
+            self._interest.touch(name)
+
+    def _is_busy(self, name: str) -> bool:
+        return self._table.identity(name) is not None or name in self._feed.names()
+
+    def _changed(self, name: str) -> None:
+        if self._feed:
+            info = self._table.info(name, self._transport.link if self._transport is not None else _no_link)
+            if info is not None:
+                self._feed.tell(info)
 
     async def _disconnect(self, peer: PeerIdentity, reason: str) -> None:
         await self._reach().disconnect(peer.node, reason)
@@ -388,7 +471,7 @@ class PeerManager:
         while True:
             attempt += 1
             try:
-                await self.resolve(name)
+                await self._reached(name)
                 began = self._clock()
                 await self._table.wait_down(name)
                 attempt = 0 if self._clock() - began >= STEADY_S else attempt
@@ -397,6 +480,7 @@ class PeerManager:
             await asyncio.sleep(self._backoff(attempt + 1))
 
     def _tell_lost(self, name: str, reason: str) -> None:
+        self.losses += 1
         self._cache.drop(name)
         for listener in tuple(self._listeners):
             listener(name, reason)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from xferd.daemon.memory.regions import RegionTable
     from xferd.daemon.memory.staging import StagingPool
     from xferd.plugins.base import PeerIdentity, PeerTransport
+
+LINGER_S = 1.0
+"""A peer's transfer counts as running for so long after its last grant: between two of its chunks none is open."""
 
 _log = structlog.get_logger(__name__)
 
@@ -68,6 +73,7 @@ class PeerServing:
         max_descriptors: limit on the rows of one request.
         quiesce_timeout_s: how long a peer's Quiesce may take.
         staging_timeout_s: how long a lane waits for staging memory.
+        linger_s: how long a transfer counts as under way after its last grant.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class PeerServing:
         max_descriptors: int = 1 << 20,
         quiesce_timeout_s: float = 5.0,
         staging_timeout_s: float = 5.0,
+        linger_s: float = LINGER_S,
     ) -> None:
         self._me = me
         self._epoch = me().epoch
@@ -95,23 +102,53 @@ class PeerServing:
         self._max_descriptors = max_descriptors
         self._quiesce_timeout_s = quiesce_timeout_s
         self._staging_timeout_s = staging_timeout_s
+        self._linger_s = linger_s
         self._refusal = ""
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._open: dict[tuple[str, str], int] = {}
+        self._closed_at: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._idlers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._holders: dict[str, tuple[PeerIdentity, str]] = {}
         self._quiescing: dict[tuple[str, str], list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
 
     # -- what the daemon sets and asks
 
     def refuse(self, reason: str) -> None:
-        """Refuse new grants with this reason ("" takes them again); those that are open go on."""
+        """Refuse new transfers with this reason ("" takes them again); those that are under way go on."""
         self._refusal = reason
 
     def open_grants(self) -> int:
         """Return the number of open grants."""
         with self._lock:
             return sum(self._open.values())
+
+    async def wait_idle(self, timeout_s: float) -> int:
+        """Return when no transfer of a peer is under way here, or the time is over; returns how many are left."""
+        waiter = (asyncio.get_running_loop(), asyncio.Event())
+        with self._lock:
+            self._idlers.append(waiter)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while under_way := self._under_way():
+                    waiter[1].clear()
+                    if self.open_grants():
+                        await waiter[1].wait()
+                    else:  # each of them has ended, or goes on with another chunk before its time is over
+                        await asyncio.sleep(self._linger_s - (time.monotonic() - max(under_way.values())))
+        except TimeoutError:
+            pass
+        finally:
+            with self._lock:
+                self._idlers.remove(waiter)
+        return len(self._under_way())
+
+    def _under_way(self) -> dict[tuple[str, str], float]:
+        """Return the transfers that have a grant, or had one lately, and when."""
+        now = time.monotonic()
+        with self._lock:
+            lately = {key: at for key, at in self._closed_at.items() if now - at < self._linger_s}
+            return lately | dict.fromkeys(self._open, now)
 
     async def abort(self, holder: str) -> None:
         """Bring the grant of a holder to rest, because what it reads or writes must go; a closed one is fine.
@@ -223,7 +260,8 @@ class PeerServing:
             InvalidDescriptor, OutOfBounds, SizeMismatch, LimitExceeded: the list is wrong.
             PermissionDenied: a region's access does not say so.
         """
-        if self._refusal:
+        key = (peer.node, request.transfer_id)
+        if self._refusal and key not in self._under_way():
             raise Unavailable(f"node {self._me().name!r} takes no new work: {self._refusal}", remedy="try another node")
         if request.epoch != self._epoch:
             raise Stale(
@@ -235,7 +273,6 @@ class PeerServing:
         holder = f"peer {peer.node} transfer {request.transfer_id} #{next(self._numbers)}"
         reason = f"{op.value} by {request.agent or '?'}@{peer.node}, cause {request.cause_id}"
         self._regions.hold(resolved.regions, holder, reason, PeerActor(peer.node), write=op is TransferOp.WRITE)
-        key = (peer.node, request.transfer_id)
         with self._lock:
             self._open[key] = self._open.get(key, 0) + 1
             self._holders[holder] = (peer, request.transfer_id)
@@ -289,8 +326,20 @@ class PeerServing:
             if left:
                 return
             del self._open[key]
+            self._note_closed(key)
             for loop, closed in self._quiescing.get(key, ()):
                 loop.call_soon_threadsafe(closed.set)
+
+    def _note_closed(self, key: tuple[str, str]) -> None:
+        """Remember when a transfer's last grant was closed, and wake who waits for all of them; under the lock."""
+        now = time.monotonic()
+        self._closed_at[key] = now
+        self._closed_at.move_to_end(key)
+        while now - next(iter(self._closed_at.values())) >= self._linger_s:
+            self._closed_at.popitem(last=False)
+        if not self._open:
+            for loop, idle in self._idlers:
+                loop.call_soon_threadsafe(idle.set)
 
     # -- connections
 

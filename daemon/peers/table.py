@@ -4,7 +4,7 @@ UNKNOWN   its record or address is known, nobody tried to reach it
 JOINING   a first attempt to reach it is under way
 READY     connected
 SUSPECT   the connection broke, or an attempt failed; it is tried again
-DRAINING  connected, and it said goodbye
+DRAINING  it takes no new work: its record says so, or it is connected and said goodbye
 GONE      it left in good order, or its record was withdrawn
 """
 
@@ -31,7 +31,10 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Peer:
-    """One peer. ``identity`` is set while any lane is up, ``dialled`` the address where we opened one, or ""."""
+    """One peer. ``identity`` is set while any lane is up, ``dialled`` the address where we opened one, or "".
+
+    ``left``: it said goodbye over the lanes that are up.
+    """
 
     node: NodeInfo
     state: PeerState
@@ -39,21 +42,31 @@ class Peer:
     since: float
     identity: PeerIdentity | None = None
     dialled: str = ""
+    left: bool = False
     down: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class PeerTable:
-    """All peers by name. Every method is one event; one that does not fit the state changes nothing."""
+    """All peers by name. Every method is one event; one that does not fit the state changes nothing.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    Args:
+        clock: UNIX time.
+        changed: told the name of a peer whose state, reason or record has changed.
+    """
+
+    def __init__(self, clock: Callable[[], float], changed: Callable[[str], None] = lambda _: None) -> None:
         self._clock = clock
+        self._changed = changed
         self._peers: dict[str, Peer] = {}
 
     def check_invariants(self) -> None:
         """Raise ``AssertionError`` where the table contradicts itself."""
         for name, peer in self._peers.items():
             assert peer.node.name == name
-            assert (peer.identity is not None) == (peer.state in (PeerState.READY, PeerState.DRAINING)), (name, peer)
+            up = peer.identity is not None
+            assert up or peer.state is not PeerState.READY, (name, peer)
+            assert not up or peer.state in (PeerState.READY, PeerState.DRAINING), (name, peer)
+            assert not peer.left or (up and peer.state is PeerState.DRAINING), (name, peer)
             assert peer.down.is_set() == (peer.identity is None), name
             assert peer.identity is not None or not peer.dialled, name
 
@@ -70,7 +83,16 @@ class PeerTable:
     def is_leaving(self, name: str) -> bool:
         """Return whether a connected peer said goodbye."""
         peer = self._peers.get(name)
-        return peer is not None and peer.state is PeerState.DRAINING
+        return peer is not None and peer.left
+
+    def refusal(self, name: str) -> str:
+        """Return why a peer takes no new work, "" where it may."""
+        peer = self._peers.get(name)
+        return (peer.reason or "it drains") if peer is not None and peer.state is PeerState.DRAINING else ""
+
+    def connected_names(self) -> list[str]:
+        """Return the names of peers with a lane that is up."""
+        return [name for name, peer in self._peers.items() if peer.identity is not None]
 
     async def wait_down(self, name: str) -> None:
         """Wait until no lane with a peer is up; at once for a peer that is not known."""
@@ -82,11 +104,21 @@ class PeerTable:
         """Take in a record."""
         peer = self._peers.get(node.name)
         if peer is None:
-            self._add(node)
-            return
-        peer.node = node
-        if peer.state is PeerState.GONE:
-            self._move(peer, PeerState.UNKNOWN, "its record is back")
+            peer, before = self._add(node), node
+        else:
+            before, peer.node = peer.node, node
+        state, reason = peer.state, peer.reason
+        if state is PeerState.GONE:
+            state, reason = PeerState.UNKNOWN, "its record is back"
+        if _drains(peer):
+            if state in (PeerState.UNKNOWN, PeerState.JOINING, PeerState.READY):
+                state, reason = PeerState.DRAINING, "its record says that it drains"
+        elif state is PeerState.DRAINING:
+            state, reason = (PeerState.READY if peer.identity is not None else PeerState.UNKNOWN), ""
+        if (state, reason) != (peer.state, peer.reason):
+            self._move(peer, state, reason)
+        elif node != before:
+            self._changed(node.name)
 
     def connecting(self, name: str) -> None:
         """An attempt to reach it begins; one that is suspect or gone stays so until the attempt succeeds."""
@@ -108,9 +140,12 @@ class PeerTable:
         peer = self._peers.get(identity.node) or self._add(_bare(identity))
         before = peer.identity
         if before != identity:
-            peer.identity, peer.dialled = identity, ""
+            peer.identity, peer.dialled, peer.left = identity, "", False
             peer.down.clear()
-            self._move(peer, PeerState.READY, "")
+            if _drains(peer):
+                self._move(peer, PeerState.DRAINING, "its record says that it drains")
+            else:
+                self._move(peer, PeerState.READY, "")
         peer.dialled = dialled or peer.dialled
         return before if before not in (None, identity) else None
 
@@ -124,6 +159,7 @@ class PeerTable:
         """A connected peer said goodbye."""
         peer = self._peers.get(name)
         if peer is not None and peer.identity is not None:
+            peer.left = True
             self._move(peer, PeerState.DRAINING, reason or "it is going away")
 
     def lost(self, identity: PeerIdentity, reason: str) -> bool:
@@ -131,8 +167,8 @@ class PeerTable:
         peer = self._peers.get(identity.node)
         if peer is None or peer.identity != identity:
             return False
-        left = peer.state is PeerState.DRAINING
-        peer.identity, peer.dialled = None, ""
+        left = peer.left
+        peer.identity, peer.dialled, peer.left = None, "", False
         peer.down.set()
         self._move(peer, PeerState.GONE if left else PeerState.SUSPECT, reason)
         return True
@@ -143,43 +179,59 @@ class PeerTable:
         if peer is not None and peer.identity is None:
             self._move(peer, PeerState.GONE, reason)
 
-    def remove(self, name: str) -> None:
-        """Forget a peer that is not connected."""
-        if self.identity(name) is None:
-            self._peers.pop(name, None)
+    def remove(self, name: str, reason: str = "it is not watched any more") -> None:
+        """Forget a peer that is not connected; who follows it is told that no more is known of it."""
+        peer = self._peers.get(name)
+        if peer is not None and peer.identity is None:
+            if peer.state is not PeerState.GONE:
+                self._move(peer, PeerState.UNKNOWN, reason)
+            del self._peers[name]
+
+    def info(self, name: str, link: Callable[[str], PeerLinkStatistics]) -> PeerInfo | None:
+        """Return one peer; ``link`` gives its counters."""
+        peer = self._peers.get(name)
+        if peer is None:
+            return None
+        counters = link(name)
+        return PeerInfo(
+            node=peer.node,
+            state=peer.state,
+            reason=peer.reason,
+            since=peer.since,
+            lanes=counters.lanes,
+            sent_nbytes=counters.sent_nbytes,
+            received_nbytes=counters.received_nbytes,
+        )
 
     def listing(self, link: Callable[[str], PeerLinkStatistics]) -> list[PeerInfo]:
         """Return all peers by name; ``link`` gives the counters of one."""
-        infos = []
-        for name in sorted(self._peers):
-            peer, counters = self._peers[name], link(name)
-            infos.append(
-                PeerInfo(
-                    node=peer.node,
-                    state=peer.state,
-                    reason=peer.reason,
-                    since=peer.since,
-                    lanes=counters.lanes,
-                    sent_nbytes=counters.sent_nbytes,
-                    received_nbytes=counters.received_nbytes,
-                )
-            )
-        return infos
+        infos = (self.info(name, link) for name in sorted(self._peers))
+        return [info for info in infos if info is not None]
 
     def _add(self, node: NodeInfo) -> Peer:
         peer = self._peers[node.name] = Peer(node, PeerState.UNKNOWN, "", self._clock())
         peer.down.set()
+        self._changed(node.name)
         return peer
 
     def _move(self, peer: Peer, state: PeerState, reason: str) -> None:
+        if (peer.state, peer.reason) == (state, reason):
+            return
         if peer.state is not state:
             peer.since = self._clock()
             _log.info("peer_state", peer=peer.node.name, state=state.value, before=peer.state.value, reason=reason)
         peer.state, peer.reason = state, reason
+        self._changed(peer.node.name)
         if state is PeerState.GONE:
             gone = sorted((p.since, name) for name, p in self._peers.items() if p.state is PeerState.GONE)
             for _, name in gone[:-MAX_GONE]:
                 del self._peers[name]
+
+
+def _drains(peer: Peer) -> bool:
+    """Whether a peer takes no new work; the record of an earlier epoch says nothing of the present one."""
+    is_present = peer.identity is None or peer.node.epoch >= peer.identity.epoch
+    return peer.left or (peer.node.draining and is_present)
 
 
 def _bare(identity: PeerIdentity) -> NodeInfo:

@@ -136,6 +136,7 @@ class TcpBackend(TcpTransport, Backend):
         if not result.done():
             lane.abort("the chunk was cancelled")
             await asyncio.wait([result])  # its calls end at once: the socket is shut down
+        result.exception()  # the chunk was cancelled, so that nobody else asks how it ended
         if not lane.is_good:
             await self._quiesce_peer(peer, exchange)
 

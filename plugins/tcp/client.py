@@ -112,7 +112,8 @@ class ClientLane:
     def _explain(self, error: XferdError) -> XferdError:
         if not isinstance(error, PeerLost):
             return error
-        lost = PeerLost(f"node {self.peer.node!r}: {self.stream.reason or error.message}", remedy="post it again")
+        why, who = self.stream.reason or error.message, f"node {self.peer.node!r}: "
+        lost = PeerLost(why if why.startswith(who) else who + why, remedy="post it again")
         lost.__cause__ = error
         return lost
 

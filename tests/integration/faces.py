@@ -283,7 +283,7 @@ class GrpcFace:
         self.ask(self.admin.EndSession, pb.EndSessionRequest(id=session))
 
     def close(self) -> None:
-        with contextlib.suppress(Refused):  # its daemon may have been killed
+        with contextlib.suppress(Refused, ValueError):  # its daemon may have been killed, or it was closed before
             self.ask(self.sessions.Close, pb.CloseSessionRequest())
         self.stream.cancel()
         self.channel.close()

@@ -38,6 +38,11 @@ class ToyService:
         self.draining = True
         say("begin_drain")
 
+    async def announce(self):
+        say("announce")
+        if MODE == "announce-fails":
+            raise OSError("nobody to tell")
+
     async def withdraw(self):
         say("withdraw")
         if MODE == "withdraw-fails":

@@ -6,6 +6,7 @@ What is killed is really killed: clients and daemons with SIGKILL, links by a pr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import time
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from cluster import eventually, free_port
 from faces import FACES, Refused, refuses, request, row
@@ -153,8 +155,8 @@ def test_the_serving_daemon_is_killed(cluster: Cluster, no_leaks: Callable[..., 
             bob.transfer("READ", mine, prepared)
         with pytest.raises(Stale, match="epoch"):
             bob.prepare(record)
+        transfer.post()
         with pytest.raises(Stale, match="epoch"):
-            transfer.post()
             transfer.wait(20)
         assert not a.get("/v1/regions")[1]["regions"]
 
@@ -300,8 +302,10 @@ def test_the_client_is_killed(
             check_works(successor)
 
 
-@pytest.mark.parametrize("kind", list(FACES))
-@pytest.mark.parametrize("how", ["by itself", "by an operator", "connection"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*itertools.product(FACES, ["by itself", "by an operator"]), ("grpc", "connection")],
+)
 def test_a_session_that_ends_takes_its_running_transfer_along(
     patient: tuple[DaemonProcess, DaemonProcess], no_leaks: Callable[..., None], kind: str, how: str
 ) -> None:
@@ -320,8 +324,6 @@ def test_a_session_that_ends_takes_its_running_transfer_along(
                 case "by an operator":
                     face.end_session(face.session)
                 case "connection":
-                    if face.kind == "rest":
-                        pytest.skip("a session over REST outlives its connections")
                     face.stream.cancel()
         eventually(lambda: not b.get("/v1/transfers?agent=leaver")[1]["transfers"], what="nothing of it left")
         eventually(is_at_rest(a), what="no hold of its transfer at the other node")
@@ -395,8 +397,7 @@ def linked(module_cluster: Cluster) -> Iterator[tuple[DaemonProcess, DaemonProce
         module_cluster.daemons.remove(d)
 
 
-@pytest.mark.parametrize("op", ["READ", "WRITE"])
-@pytest.mark.parametrize("reset", [True, False], ids=["reset", "closed"])
+@pytest.mark.parametrize(("op", "reset"), [("READ", True), ("WRITE", False)], ids=["READ-reset", "WRITE-closed"])
 @pytest.mark.parametrize("which", ["a data lane", "the control lane", "all lanes"])
 def test_the_link_breaks(
     linked: tuple[DaemonProcess, DaemonProcess, Proxy],
@@ -422,6 +423,9 @@ def test_the_link_breaks(
             "all lanes": slice(None),
         }
         proxy.hang_up(lanes[which], reset=reset)
+        while which == "a data lane" and not transfer.poll().telemetry.ended_at:
+            # A lane that breaks while nothing is on it is replaced without a word: break it again.
+            proxy.hang_up(slice(-1, None), reset=reset)
         with pytest.raises(PeerLost, match="'c'") as lost:
             transfer.wait(20)
         assert lost.value.remedy
@@ -430,9 +434,10 @@ def test_the_link_breaks(
         theirs.array()[:] = 4
         eventually_reaches(dave, c)
         assert (mine.array().max(), theirs.array().min()) == (3, 4), "bytes moved after the transfer had failed"
-        transfer.post()
-        assert transfer.wait(30).state is TransferState.DONE
-        assert mine.array().min() == theirs.array().min() == (4 if op == "READ" else 3)
+        if which == "all lanes":
+            transfer.post()
+            assert transfer.wait(30).state is TransferState.DONE
+            assert mine.array().min() == theirs.array().min() == (4 if op == "READ" else 3)
 
 
 # ------------------------------------------------------------------------------------------- drain, stop
@@ -503,14 +508,34 @@ def test_draining_the_serving_node_lets_running_work_of_its_peers_finish(
         check_reaches(bob, a)
 
 
+@pytest.mark.parametrize("op", ["READ", "WRITE"])
+def test_sigterm_of_the_serving_node_waits_for_its_peers(
+    cluster: Cluster, no_leaks: Callable[..., None], op: str
+) -> None:
+    a = cluster.make("a", settings=(POOLS,))
+    b = cluster.make("b", peers=(a,), settings=(POOLS, SLOW))
+    with Client.connect(a.session_socket) as alice, Client.connect(b.session_socket) as bob:
+        theirs = alice.allocate(256 << 20, access=Access.READ_WRITE)
+        mine = bob.allocate(256 << 20)
+        check_reaches(bob, a)
+        no_leaks(b)
+        transfer = bob.transfer(op, mine, theirs.whole())
+        until_moving(transfer)
+        a.process.send_signal(signal.SIGTERM)
+        assert transfer.wait(20).state is TransferState.DONE
+        assert a.process.wait(20) == 0
+    assert "drain_deadline_passed" not in a.log()
+
+
 def test_sigterm_waits_for_a_running_transfer(cluster: Cluster) -> None:
     a = cluster.make("a", settings=(POOLS,))
     b = cluster.make("b", peers=(a,), settings=(POOLS, SLOW))
     with Client.connect(a.session_socket) as alice, Client.connect(b.session_socket) as bob:
         source = alice.allocate(256 << 20, access=Access.READ)
         source.array()[:] = 7
-        transfer, mine = start_large(bob, source)
-        view = mine.array()
+        view = np.zeros(source.nbytes, np.uint8)  # a pool's bytes are wiped when the session ends, these are ours
+        transfer = bob.transfer("READ", bob.register(view), source)
+        until_moving(transfer)
         b.process.send_signal(signal.SIGTERM)
         assert transfer.wait(20).state is TransferState.DONE
         assert view.min() == 7
@@ -637,9 +662,9 @@ def test_a_peer_is_added_by_reload(cluster: Cluster) -> None:
 
 
 def test_a_rest_session_expires(cluster: Cluster, no_leaks: Callable[..., None]) -> None:
-    daemon = cluster.make("expires", tcp=False)
+    daemon = cluster.make("expires", tcp=False, settings=("sessions.rest_ttl=500ms",))
     no_leaks(daemon)
-    status, grant = request(daemon, "POST", "/v1/sessions", {"agent": "brief", "ttl_s": 5})
+    status, grant = request(daemon, "POST", "/v1/sessions", {"agent": "brief"})
     assert status == 201
     body = {"kind": "allocate", "nbytes": [1 << 20]}
     assert request(daemon, "POST", "/v1/regions", body, token=grant["token"])[0] == 201

@@ -94,7 +94,7 @@ def start(request, tmp_path):
             toy.process.communicate()
 
 
-STOPPED = ["begin_drain", "withdraw", "drain", "closed", "closed", "left"]
+STOPPED = ["begin_drain", "announce", "drain", "withdraw", "closed", "closed", "left"]
 
 
 @pytest.mark.parametrize("start", ["path", "abstract"], indirect=True)
@@ -148,6 +148,7 @@ def test_a_signal_while_starting(start):
         ("start-fails", 1, "daemon_failed", "the socket is taken; remedy: stop the other one"),
         ("config-fails", 2, "daemon_failed", "the secret is too short"),
         ("start-breaks", 1, "daemon_failed", ""),
+        ("announce-fails", 0, "stop_step_failed", ""),
         ("withdraw-fails", 0, "stop_step_failed", ""),
         ("close-fails", 0, "component_close_failed", ""),
         ("work-left", 0, "drain_deadline_passed", ""),
@@ -165,7 +166,7 @@ def test_failures(start, mode, status, event, words):
         if mode != "part-breaks":
             toy.kill(signal.SIGTERM)
         code, events = toy.end()
-        assert toy.said[-6:] == STOPPED, "every step of the stop is made"
+        assert toy.said[-len(STOPPED) :] == STOPPED, "every step of the stop is made"
     assert code == status
     line = events[event]
     assert words in line.get("error", "")

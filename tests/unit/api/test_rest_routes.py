@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -66,11 +67,21 @@ async def test_every_route_answers_as_declared(rest: Rest) -> None:
     (taken,) = (await rest("GET", "/v1/notifications?timeout=1", token=token)).json["notifications"]
     assert base64.b64decode(taken["payload"]) == b"\0\xff"
 
+    assert [node["name"] for node in (await rest("GET", "/v1/nodes")).json["nodes"]] == ["node-a"]
+    assert (await rest("GET", "/v1/peers/events?timeout=0.01")).body == b""
     assert (await rest("GET", "/v1/nodes/node-a")).json["agents"] == ["a"]
     assert len((await rest("GET", "/v1/nodes/node-a/regions")).json["regions"]) == 3
     blob = (await rest("POST", "/v1/metadata/export")).body
     assert (await rest("PUT", "/v1/metadata/import", data=blob)).json["node"] == "node-a"
     assert (await rest("DELETE", "/v1/metadata/node-a")).status == 204
+    assert (await rest("PUT", "/v1/metadata/labels/kv")).code == "unsupported"
+    rest.engine.labels = {}
+    assert (await rest("PUT", "/v1/metadata/labels/kv", {"regions": [source]})).status == 204
+    assert len((await rest("GET", "/v1/metadata/labels/kv?node=node-a")).json["regions"]) == 1
+    assert (await rest("GET", "/v1/metadata/labels/kv?node=other")).code == "not_found"
+    assert (await rest("DELETE", "/v1/metadata/labels/kv")).status == 204
+    rest.engine.degraded_reason = "the store is away"
+    assert (await rest("GET", "/readyz")).json == {"status": "degraded", "reason": "the store is away"}
     assert (await rest("PUT", "/v1/log-level", {"level": "debug"})).json == {"level": "debug", "previous": "info"}
     assert (await rest("POST", "/v1/drain", {"timeout_s": 0})).json == {"drained": True, "transfers_left": 0}
     assert (await rest("GET", "/readyz")).status == 503
@@ -165,3 +176,32 @@ async def test_a_session_ends_by_its_own_token_or_the_operators_alone() -> None:
         assert (await rest("GET", "/v1/regions", token="secret")).status == 200
         assert (await rest("GET", "/v1/regions", token="wrong")).code == "unauthenticated"
         assert (await rest("GET", "/v1/holds", token="wrong")).headers["WWW-Authenticate"].startswith("Bearer")
+
+
+def peer_of(name: str, state: PeerState, epoch: int = 1) -> PeerInfo:
+    return PeerInfo(NodeInfo(name, f"id-{name}", epoch, "0.1.0", (), (), (), (), 0.0), state, "", 0.0, 0, 0, 0)
+
+
+async def test_peer_events_are_told_as_they_come_and_the_watch_is_let_go() -> None:
+    """The first event comes before the second happened; whoever hangs up ends the watch behind it."""
+    async with serving() as rest:
+        await rest.engine.set_peers(peer_of("node-b", PeerState.READY), peer_of("node-c", PeerState.READY))
+        url = "http://xferd/v1/peers/events?name=node-b"
+        async with rest.client.get(url) as response:
+            assert response.headers["Content-Type"] == "text/event-stream"
+            for state in ("READY", "GONE"):
+                event, data, blank = [await response.content.readline() for _ in range(3)]
+                assert (event, blank) == (b"event: peer\n", b"\n")
+                found = json.loads(data.removeprefix(b"data: "))
+                assert (found["node"]["name"], found["state"]) == ("node-b", state)
+                await rest.engine.set_peers(peer_of("node-b", PeerState.GONE), peer_of("node-c", PeerState.GONE))
+        await rest.engine.was_cancelled("watch_peers")
+
+
+async def test_peer_events_end_after_a_count_or_a_time() -> None:
+    async with serving() as rest:
+        await rest.engine.set_peers(*(peer_of(f"n{number}", PeerState.READY) for number in range(3)))
+        body = (await rest("GET", "/v1/peers/events?count=2")).body
+        assert body.count(b"event: peer\n") == 2
+        assert (await rest("GET", "/v1/peers/events?timeout=0.01&name=nobody")).body == b""
+        assert (await rest("GET", "/v1/peers/events?count=-1")).code == "invalid_argument"

@@ -164,7 +164,7 @@ def test_the_section_between_the_markers_is_replaced_and_nothing_else(tmp_path):
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     rewrite(page, section(make_rows([series("xferd", TCP, [0.01]), series("xferd", SUBMIT, [0.001])]), ENVIRONMENT))
     text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\nMeasured 2026-01-01 on 2 cores of a cpu")
+    assert text.startswith(f"before\n{BEGIN}\nMeasured on 2026-01-01: 2 cores of a cpu")
     assert text.endswith(f"{END}\nafter\n")
     assert "| xferd | tcp | READ 64KiB x 1024 |" in text
     assert "old" not in text

@@ -22,6 +22,7 @@ from xferd.api.errors import (
     PeerUnknown,
     ProtocolViolation,
     Stale,
+    Unavailable,
     Unsupported,
 )
 from xferd.api.proto import peer_v1_pb2 as peer_pb
@@ -42,12 +43,15 @@ from xferd.daemon.memory.staging import StagingPool
 from xferd.daemon.peers.exchange import RecordExchange
 from xferd.daemon.peers.manager import PeerManager, full_jitter
 from xferd.daemon.peers.serving import PeerServing
+from xferd.metadata._watching import Watch
+from xferd.metadata.base import NodeChange, Store
 from xferd.metadata.embedded import EmbeddedStore, StaticPeer
 from xferd.plugins.base import PeerIdentity, PeerLinkStatistics, PeerTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from xferd.api.types import PeerInfo
     from xferd.plugins.base import PeerHandler
 
 TIMEOUT_S = 10.0
@@ -128,6 +132,75 @@ class Link(PeerTransport):
         return [request for request in self.requests if request.WhichOneof("request") == kind]
 
 
+class Registry:
+    """What all nodes' central stores share, as etcd would: records, and who watches which."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, NodeInfo] = {}
+        self.watches: list[Watch] = []
+        self.listed = 0
+
+    def put(self, name: str, node: NodeInfo | None, reason: str = "") -> None:
+        if node is None:
+            del self.records[name]
+        else:
+            self.records[name] = node
+        for watch in self.watches:
+            watch.tell(NodeChange(name, node, reason))
+
+    def watched(self) -> list[str]:
+        return sorted(watch.name for watch in self.watches if not watch.ended)
+
+
+class CentralStore(Store):
+    """A store that serves many nodes and is not to be watched as a whole."""
+
+    watches_all = False
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.me: NodeInfo | None = None
+
+    async def start(self) -> None:
+        return
+
+    async def aclose(self) -> None:
+        return
+
+    async def publish(self, node: NodeInfo) -> None:
+        self.me = node
+        self.registry.put(node.name, node)
+
+    async def withdraw(self) -> None:
+        assert self.me is not None
+        self.registry.put(self.me.name, None, "withdrawn")
+
+    async def get(self, name: str) -> NodeInfo:
+        if name not in self.registry.records:
+            raise PeerUnknown(f"no node {name!r}")
+        return self.registry.records[name]
+
+    async def list_nodes(self) -> list[NodeInfo]:
+        self.registry.listed += 1
+        return list(self.registry.records.values())
+
+    def watch(self, name: str = "") -> Watch:
+        watch = Watch(name)
+        self.registry.watches.append(watch)
+        for node in self.registry.records.values():
+            watch.tell(NodeChange(node.name, node))
+        return watch
+
+    async def load(self, node: NodeInfo) -> None:
+        raise NotImplementedError
+
+    async def forget(self, name: str) -> None:
+        raise NotImplementedError
+
+    def health(self) -> str:
+        return ""
+
+
 @dataclass
 class Node:
     me: NodeInfo
@@ -162,6 +235,7 @@ class World:
         keep: tuple[str, ...] = (),
         listens: bool = True,
         clock: Callable[[], float] = lambda: 0.0,
+        registry: Registry | None = None,
     ) -> Node:
         me = NodeInfo(
             name=name,
@@ -176,15 +250,17 @@ class World:
         )
         link = Link(self.network, me)
         static = [StaticPeer(peer, f"net://{peer}") for peer in peers]
-        store = EmbeddedStore(static, RecordExchange(link, timeout_s=1.0))
+        store: EmbeddedStore = EmbeddedStore(static, RecordExchange(link, timeout_s=1.0))
+        if registry is not None:
+            store = CentralStore(registry)  # type: ignore[assignment]
         await store.publish(me)
-        manager = PeerManager(lambda: me, store, link, keep=keep, clock=clock, backoff=lambda _: 0.0)
+        manager = PeerManager(lambda: node.me, store, link, keep=keep, clock=clock, backoff=lambda _: 0.0)
         regions = RegionTable(name, epoch, 1 << 16)
         node = Node(me, link, store, manager, regions)
         staging = StagingPool(2 << 12, 1 << 12)
         self.stack.callback(staging.close)
         serving = PeerServing(
-            me=lambda: me,
+            me=lambda: node.me,
             regions=regions,
             staging=staging,
             learn=store.learn,
@@ -510,3 +586,165 @@ async def test_a_record_of_another_node_is_refused(world: World) -> None:
     with pytest.raises(ProtocolViolation, match="'c'"):
         await RecordExchange(a.link, timeout_s=1.0)("net://b", forged)
     assert "c" not in [node.name for node in await b.store.list_nodes()]
+
+
+# ---------------------------------------------------------------------------------------------- drain
+
+
+async def drain(node: Node, draining: bool = True) -> None:
+    node.me = replace(node.me, draining=draining)
+    await node.store.publish(node.me)
+    await node.manager.announce()
+
+
+@pytest.mark.parametrize("central", [False, True])
+async def test_a_draining_peer_is_not_chosen_and_what_runs_with_it_goes_on(world: World, central: bool) -> None:
+    registry = Registry() if central else None
+    a, b = await world.node("a", "b", registry=registry), await world.node("b", registry=registry)
+    region = share(b)
+    await a.manager.resolve("b")
+    await drain(b)
+    await until(lambda: a.state("b")[0] is PeerState.DRAINING)
+    with pytest.raises(Unavailable, match=r"'b' takes no new work.*another node"):
+        await a.manager.resolve("b")
+    await a.manager.notify("b", Notification("decode@b", b"", source="prefill@a"))
+    await a.manager.quiesce("b", "t1")
+    assert list(await a.manager.remote_regions("b", [region])) == [region]
+    await drain(b, False)
+    await until(lambda: a.state("b") == (PeerState.READY, ""))
+    assert (await a.manager.resolve("b")).node == "b"
+
+
+@pytest.mark.parametrize("central", [False, True])
+async def test_a_peer_that_drained_before_it_was_met_is_refused_until_it_is_back(world: World, central: bool) -> None:
+    registry = Registry() if central else None
+    a, b = await world.node("a", "b", registry=registry), await world.node("b", registry=registry)
+    await drain(b)
+    with pytest.raises(Unavailable, match="'b'"):
+        await a.manager.resolve("b")
+    a.link.cut("b", "cable pulled")
+    await drain(b, False)
+    assert (await a.manager.resolve("b")).node == "b", "nobody told it, it asked"
+
+
+async def test_one_that_said_goodbye_takes_no_new_work(world: World) -> None:
+    a, b = await world.node("a"), await world.node("b", "a")
+    await b.manager.resolve("a")
+    await b.link.request("a", peer_pb.PeerRequest(goodbye=peer_pb.Goodbye(reason="stopping")), timeout_s=1.0)
+    with pytest.raises(Unavailable, match="stopping"):
+        await a.manager.resolve("b")
+
+
+async def test_a_peer_that_cannot_be_told_of_a_drain_holds_nobody_up(world: World) -> None:
+    a, b, c = await world.node("a", "b", "c"), await world.node("b"), await world.node("c")
+    await a.manager.resolve("b")
+    await a.manager.resolve("c")
+    b.link.handler = None  # type: ignore[assignment]
+    del a.link.lanes["b"]
+    await drain(a)
+    assert c.state("a")[0] is PeerState.DRAINING
+
+
+# ---------------------------------------------------------------------------------------------- a central store
+
+
+async def test_only_those_it_deals_with_are_watched(world: World) -> None:
+    registry = Registry()
+    nodes = [await world.node(name, registry=registry) for name in "abcd"]
+    a = nodes[0]
+    assert (registry.listed, registry.watched(), a.manager.peers()) == (0, [], [])
+    with pytest.raises(PeerUnknown):
+        await a.manager.resolve("nobody")
+    await a.manager.resolve("b")
+    await until(lambda: registry.watched() == ["a", "b"])  # b watches a, which made contact
+    assert [info.node.name for info in a.manager.peers()] == ["b"]
+    assert [info.node.addresses for info in nodes[1].manager.peers()] == [("net://a",)]
+    await a.manager.resolve("b")
+    assert registry.watched() == ["a", "b"]
+    await a.manager.aclose()
+    assert registry.watched() == ["a"], "its watches were let go"
+    assert registry.listed == 0
+
+
+async def test_a_lease_that_ends_is_a_loss_and_a_record_that_is_back_can_be_used(world: World) -> None:
+    registry = Registry()
+    a, b = await world.node("a", registry=registry), await world.node("b", registry=registry)
+    losses: list[tuple[str, str]] = []
+    a.manager.subscribe(lambda name, reason: losses.append((name, reason)))
+    await a.manager.resolve("b")
+    await until(lambda: "b" in registry.watched())
+    registry.put("b", None, "its lease ended")
+    await until(lambda: a.state("b") == (PeerState.GONE, "its lease ended"))
+    assert losses == [("b", "its lease ended")]
+    assert a.manager.losses == 1
+    assert not a.link.lanes
+    with pytest.raises(PeerUnknown):
+        await a.manager.resolve("b")
+    registry.put("b", b.me)
+    await until(lambda: a.state("b")[0] is PeerState.UNKNOWN)
+    assert (await a.manager.resolve("b")).node == "b"
+
+
+async def test_a_record_of_a_newer_epoch_ends_what_was_with_the_older(world: World) -> None:
+    registry = Registry()
+    a, b = await world.node("a", registry=registry), await world.node("b", registry=registry)
+    await a.manager.resolve("b")
+    b.link.stop()
+    await world.node("b", epoch=2, registry=registry)
+    assert (await a.manager.resolve("b")).epoch == 2
+    with pytest.raises(Stale):
+        await a.manager.check("b", 1)
+
+
+# ---------------------------------------------------------------------------------------------- followers
+
+
+async def next_states(changes: AsyncIterator[PeerInfo], count: int) -> list[tuple[str, PeerState]]:
+    async with asyncio.timeout(TIMEOUT_S):
+        found = [await anext(changes) for _ in range(count)]
+    return [(info.node.name, info.state) for info in found]
+
+
+async def test_followers_hear_of_those_there_and_of_each_change(world: World) -> None:
+    a, b = await world.node("a", "b", "c"), await world.node("b")
+    changes = a.manager.watch()
+    assert await next_states(changes, 2) == [("b", PeerState.UNKNOWN), ("c", PeerState.UNKNOWN)]
+    await a.manager.resolve("b")
+    assert ("b", PeerState.READY) in await next_states(changes, 1)
+    b.link.cut("a", "cable pulled")
+    info = await anext(changes)
+    assert (info.node.name, info.state, info.reason) == ("b", PeerState.SUSPECT, "cable pulled")
+    await changes.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_slow_follower_gets_the_newest_state_of_each_peer(world: World) -> None:
+    a, b = await world.node("a", "b"), await world.node("b")
+    changes = a.manager.watch()
+    assert await next_states(changes, 1) == [("b", PeerState.UNKNOWN)]
+    for _ in range(100):
+        await a.manager.resolve("b")
+        b.link.cut("a", "cable pulled")
+    await a.manager.resolve("b")
+    assert await next_states(changes, 1) == [("b", PeerState.READY)]
+    waiting = asyncio.ensure_future(anext(changes, None))
+    await asyncio.sleep(0)
+    assert not waiting.done(), "one entry was kept, not two hundred"
+    await a.manager.aclose()
+    assert await waiting is None, "the stream ends with the manager"
+
+
+async def test_one_that_is_not_known_yet_can_be_followed(world: World) -> None:
+    registry = Registry()
+    a = await world.node("a", registry=registry)
+    changes = a.manager.watch("b")
+    waiting = asyncio.ensure_future(anext(changes))
+    await until(lambda: registry.watched() == ["b"])
+    await world.node("c", registry=registry)
+    await world.node("b", registry=registry)
+    async with asyncio.timeout(TIMEOUT_S):
+        info = await waiting
+    assert (info.node.name, info.state) == ("b", PeerState.UNKNOWN)
+    await changes.aclose()  # type: ignore[attr-defined]
+    left = a.manager.watch()
+    await a.manager.aclose()
+    assert [info.node.name async for info in left] == ["b"], "what is there, then the end"

@@ -439,16 +439,38 @@ def test_a_wrong_request_is_refused_and_holds_nothing(house: House, case: str) -
     house.check_idle()
 
 
-def test_a_draining_node_refuses_new_grants_and_lets_open_ones_end(house: House) -> None:
+def test_a_draining_node_refuses_new_transfers_and_lets_those_under_way_go_on(house: House) -> None:
     rows = [("mapped", 0, 100)]
-    grant = house.serving.open_grant(PEER, TransferOp.READ, house.request(*rows))
+
+    def open_grant(transfer: str) -> PeerGrant:
+        return house.serving.open_grant(PEER, TransferOp.READ, house.request(*rows, transfer=transfer))
+
+    grant = open_grant("old")
     house.serving.refuse("draining")
     with pytest.raises(Unavailable, match="draining"):
-        house.serving.open_grant(PEER, TransferOp.READ, house.request(*rows))
+        open_grant("new")
     assert read_all(grant)[0] == house.expected(rows)
     grant.close()
+    open_grant("old").close()  # its next chunk
+    with pytest.raises(Unavailable, match="draining"):
+        open_grant("new")
     house.serving.refuse("")
-    house.serving.open_grant(PEER, TransferOp.READ, house.request(*rows)).close()
+    open_grant("new").close()
+
+
+async def test_a_transfer_is_over_some_time_after_its_last_grant(house: House) -> None:
+    serving = house.make(linger_s=0.05)
+    request = house.request(("mapped", 0, 100))
+    assert await serving.wait_idle(5.0) == 0
+    grant = serving.open_grant(PEER, TransferOp.READ, request)
+    assert await serving.wait_idle(0.0) == 1
+    async with asyncio.TaskGroup() as group:
+        idle = group.create_task(serving.wait_idle(5.0))
+        await asyncio.to_thread(grant.close)
+    assert idle.result() == 0
+    serving.refuse("draining")
+    with pytest.raises(Unavailable, match="draining"):
+        serving.open_grant(PEER, TransferOp.READ, request)
 
 
 def test_lanes_open_and_close_grants_at_the_same_time(house: House) -> None:

@@ -14,7 +14,7 @@ from xferd.daemon.peers.table import MAX_GONE, PeerTable
 from xferd.plugins.base import PeerIdentity, PeerLinkStatistics
 
 
-def record(name: str, epoch: int = 1) -> NodeInfo:
+def record(name: str, epoch: int = 1, draining: bool = False) -> NodeInfo:
     return NodeInfo(
         name=name,
         id=f"{name}-{epoch}",
@@ -25,6 +25,7 @@ def record(name: str, epoch: int = 1) -> NodeInfo:
         kinds=(MemoryKind.DRAM,),
         agents=(),
         started_at=0.0,
+        draining=draining,
     )
 
 
@@ -70,6 +71,52 @@ def test_a_life(table: PeerTable) -> None:
     assert state(table)[0] is PeerState.UNKNOWN
 
 
+def test_a_drain_that_the_record_tells_of_comes_and_goes(table: PeerTable) -> None:
+    table.recorded(record("b", draining=True))
+    assert state(table)[0] is PeerState.DRAINING
+    assert "drains" in table.refusal("b")
+    table.connected(identity("b"))
+    assert state(table)[0] is PeerState.DRAINING
+    table.recorded(record("b"))
+    assert state(table) == (PeerState.READY, "")
+    assert table.refusal("b") == ""
+    table.recorded(record("b", draining=True))
+    assert table.lost(identity("b"), "broken pipe")
+    assert state(table)[0] is PeerState.SUSPECT, "it said no goodbye"
+    table.connected(identity("b", 2))
+    assert state(table)[0] is PeerState.READY, "what an earlier epoch's record says is over"
+    table.leaving("b", "stopping")
+    table.recorded(record("b", 2))
+    assert state(table) == (PeerState.DRAINING, "stopping"), "a goodbye stands"
+
+
+def test_each_change_is_told_once_and_no_change_is_not() -> None:
+    told: list[str] = []
+    table = PeerTable(lambda: 0.0, told.append)
+
+    def news() -> list[str]:
+        found, told[:] = list(told), []
+        return found
+
+    table.recorded(record("b"))
+    assert news() == ["b"]
+    table.recorded(record("b"))
+    assert news() == []
+    table.recorded(record("b", 2))
+    assert news() == ["b"]
+    table.connected(identity("b", 2), "tcp://x")
+    table.connected(identity("b", 2))
+    assert news() == ["b"]
+    table.lost(identity("b", 2), "cut")
+    table.failed("b", "refused")
+    table.failed("b", "refused")
+    assert news() == ["b", "b"], "the state, then the reason"
+    table.remove("b")
+    assert news() == ["b"]
+    table.gone("b", "left")
+    assert news() == []
+
+
 def test_listing_has_counters_and_times(table: PeerTable) -> None:
     table.recorded(record("c"))
     table.connected(identity("b"))
@@ -100,7 +147,7 @@ def test_gone_peers_are_forgotten_oldest_first(table: PeerTable) -> None:
 NAMES = st.sampled_from(["b", "c"])
 EPOCHS = st.integers(1, 3)
 EVENTS = st.one_of(
-    st.tuples(st.just("recorded"), st.builds(record, NAMES, EPOCHS)),
+    st.tuples(st.just("recorded"), st.builds(record, NAMES, EPOCHS, st.booleans())),
     st.tuples(st.just("connected"), st.builds(identity, NAMES, EPOCHS), st.sampled_from(["", "tcp://x"])),
     st.tuples(st.just("lost"), st.builds(identity, NAMES, EPOCHS), st.just("gone")),
     st.tuples(st.sampled_from(["failed", "leaving", "gone"]), NAMES, st.just("why")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import structlog
@@ -92,3 +93,11 @@ def test_wrong_fields_give_none_and_one_log_line(changes: dict[str, object]) -> 
 @pytest.mark.parametrize("raw", [b"[" * 100_000, b"{" + b" " * MAX_RECORD_NBYTES + b"}", b"null", b"\xff"])
 def test_hostile_bytes_give_none(raw: bytes) -> None:
     assert node_from_bytes(raw, where="test") is None
+
+
+def test_a_drain_is_in_the_record_only_while_it_lasts() -> None:
+    assert b"draining" not in node_to_bytes(NODE)
+    draining = replace(NODE, draining=True)
+    assert node_from_bytes(node_to_bytes(draining), where="here") == draining
+    rubbish = node_to_bytes(draining).replace(b'"draining":true', b'"draining":"yes"')
+    assert node_from_bytes(rubbish, where="here") is None

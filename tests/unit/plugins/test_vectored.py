@@ -75,12 +75,27 @@ def test_advance_is_exact_where_floats_are_not():
     assert vectored.advance(iov, 2**60 + 1).tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize(
+    "moved", [1, 512 * 1024 - 1, 512 * 1024, 512 * 1024 + 1, 512 * 2000, 512 * 3000 - 1, 512 * 3000]
+)
+def test_advance_looks_past_what_one_call_takes(moved):
+    iov = table(0, [(row * 1000, 512) for row in range(3000)])
+    rest = vectored.advance(iov, moved)
+    assert vectored.total_nbytes(rest) == 512 * 3000 - moved
+    if len(rest):
+        whole, part = divmod(moved, 512)
+        assert rest[0].tolist() == [whole * 1000 + part, 512 - part]
+        np.testing.assert_array_equal(rest[1:], iov[whole + 1 :])
+
+
+@pytest.mark.parametrize("is_indexed", [False, True])
 @given(cuts, st.data())
-def test_extent_cut_agrees_with_a_loop(sizes, data):
+def test_extent_cut_agrees_with_a_loop(is_indexed, sizes, data):
     total = sum(sizes)
     start = data.draw(st.integers(0, total - 1))
     stop = data.draw(st.integers(start + 1, total))
     extent = Extent(MappedSpace(), table(0, spans(sizes, 3)), np.arange(len(sizes), dtype=np.uint64))
+    extent = extent.indexed() if is_indexed else extent
     places = [
         (owner, byte) for owner, (first, size) in enumerate(extent.iov.tolist()) for byte in range(first, first + size)
     ]
