@@ -226,6 +226,32 @@ def peers() -> Call[list[t.PeerInfo]]:
     return Call("MetadataService.ListPeers", pb.ListPeersRequest(), parse)
 
 
+def nodes() -> Call[list[t.NodeInfo]]:
+    """List all nodes of the store."""
+
+    def parse(reply: pb.NodeList) -> list[t.NodeInfo]:
+        return [wire.node_from_message(message) for message in reply.nodes]
+
+    return Call("MetadataService.ListNodes", pb.ListNodesRequest(), parse)
+
+
+def publish_metadata(label: str, wanted: Iterable[t.RegionId] | None) -> Call[None]:
+    """Put this node's metadata under a label."""
+    request = pb.PublishMetadataRequest(label=label, region=wanted or (), partial=wanted is not None)
+    return Call("MetadataService.PublishMetadata", request, _nothing)
+
+
+def withdraw_metadata(label: str) -> Call[None]:
+    """Take a label back."""
+    return Call("MetadataService.WithdrawMetadata", pb.WithdrawMetadataRequest(label=label), _nothing)
+
+
+def fetch_metadata(node: str, label: str, wait_s: float) -> Call[t.RegionListing]:
+    """Load what a node put under a label, waiting for it to appear."""
+    request = pb.FetchMetadataRequest(node=node, label=label, timeout_s=wait_s)
+    return Call("MetadataService.FetchMetadata", request, wire.listing_from_message, wait_s)
+
+
 def export_metadata(wanted: Iterable[t.RegionId] | None) -> Call[bytes]:
     """Take this node's metadata as a blob."""
 

@@ -252,6 +252,41 @@ class AsyncClient(AsyncLink):
         """Return the other nodes that this one knows."""
         return await self._call(calls.peers())
 
+    async def watch_peers(self, name: str = "") -> AsyncGenerator[t.PeerInfo, None]:
+        """Yield the peers (or one) as they are, then each as its state, reason or record changes, without end.
+
+        A slow reader gets the newest state of each peer. A name that is not known yet is waited for.
+        """
+        request = pb.WatchPeersRequest(name=name)
+        async with contextlib.aclosing(self._stream("MetadataService.WatchPeers", request)) as messages:
+            async for message in messages:
+                yield wire.peer_from_message(message)
+
+    async def nodes(self) -> list[t.NodeInfo]:
+        """Return all nodes of the store, asked from it now; costs as much as there are nodes."""
+        return await self._call(calls.nodes())
+
+    async def publish_metadata(self, label: str, regions: Iterable[AsyncRegion] | None = None) -> None:
+        """Put what ``export_metadata`` gives under a label of this node, for others to fetch; replaces it.
+
+        Raises:
+            Unsupported: the node's store keeps none; etcd does.
+        """
+        await self._call(calls.publish_metadata(label, None if regions is None else [region.id for region in regions]))
+
+    async def withdraw_metadata(self, label: str) -> None:
+        """Take a label of this node back; it goes with the node too."""
+        await self._call(calls.withdraw_metadata(label))
+
+    async def fetch_metadata(self, node: str, label: str, timeout_s: float = 0.0) -> list[AsyncRegion]:
+        """Load what a node put under a label and return its regions; waits so long for it to appear.
+
+        Raises:
+            NotFound: it did not appear.
+        """
+        listing = await self._call(calls.fetch_metadata(node, label, timeout_s))
+        return [self.region(info) for info in listing.regions]
+
     async def export_metadata(self, regions: Iterable[AsyncRegion] | None = None) -> bytes:
         """Return this node's record and shared regions (or only ``regions``) as a blob."""
         return await self._call(calls.export_metadata(None if regions is None else [region.id for region in regions]))

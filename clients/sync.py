@@ -243,6 +243,39 @@ class Client(SyncLink):
         """Return the other nodes that this one knows."""
         return self._call(calls.peers())
 
+    def watch_peers(self, name: str = "") -> Iterator[t.PeerInfo]:
+        """Yield the peers (or one) as they are, then each as its state, reason or record changes, without end.
+
+        A slow reader gets the newest state of each peer. A name that is not known yet is waited for.
+        """
+        for message in self._stream("MetadataService.WatchPeers", pb.WatchPeersRequest(name=name)):
+            yield wire.peer_from_message(message)
+
+    def nodes(self) -> list[t.NodeInfo]:
+        """Return all nodes of the store, asked from it now; costs as much as there are nodes."""
+        return self._call(calls.nodes())
+
+    def publish_metadata(self, label: str, regions: Iterable[Region] | None = None) -> None:
+        """Put what ``export_metadata`` gives under a label of this node, for others to fetch; replaces it.
+
+        Raises:
+            Unsupported: the node's store keeps none; etcd does.
+        """
+        self._call(calls.publish_metadata(label, None if regions is None else [region.id for region in regions]))
+
+    def withdraw_metadata(self, label: str) -> None:
+        """Take a label of this node back; it goes with the node too."""
+        self._call(calls.withdraw_metadata(label))
+
+    def fetch_metadata(self, node: str, label: str, timeout_s: float = 0.0) -> list[Region]:
+        """Load what a node put under a label and return its regions; waits so long for it to appear.
+
+        Raises:
+            NotFound: it did not appear.
+        """
+        listing = self._call(calls.fetch_metadata(node, label, timeout_s))
+        return [self.region(info) for info in listing.regions]
+
     def export_metadata(self, regions: Iterable[Region] | None = None) -> bytes:
         """Return this node's record and shared regions (or only ``regions``) as a blob."""
         return self._call(calls.export_metadata(None if regions is None else [region.id for region in regions]))

@@ -49,14 +49,16 @@ from xferd.daemon.sessions.desk import SessionDesk
 from xferd.daemon.sessions.socket import SessionSocketServer
 from xferd.daemon.sessions.table import SessionTable
 from xferd.metadata.embedded import EmbeddedStore, StaticPeer
+from xferd.metadata.registry import store_class
 from xferd.plugins.base import PeerTransport
 from xferd.plugins.registry import create_backends
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from xferd.api.types import Notification
     from xferd.daemon.config import Config, ConfigSource
+    from xferd.metadata.base import ExchangeRecords, Store
     from xferd.plugins.base import Backend
 
 log = structlog.get_logger(__name__)
@@ -110,7 +112,7 @@ class Daemon:
         self._costs = CostModel()
         self._transport = next((b for b in self._backends.values() if isinstance(b, PeerTransport)), None)
         exchange = None if self._transport is None else RecordExchange(self._transport, timeout_s=EXCHANGE_TIMEOUT_S)
-        self._store = EmbeddedStore(_static_peers(config), exchange)
+        self._store = _store(config, exchange)
         self._peers = PeerManager(self._identity.info, self._store, self._transport, keep=_peer_names(config))
         self._publisher = Publisher(self._store, self._identity.info, on_drain=self._tell_drain)
         self._planner = Planner(
@@ -322,7 +324,8 @@ class Daemon:
         self._transfers.default_timeout_s = config.transfers.default_timeout
         self._sessions.quiesce_timeout_s = config.transfers.quiesce_timeout
         self._sessions.max_sessions = config.sessions.max_sessions
-        self._store.reload(_static_peers(config))
+        if isinstance(self._store, EmbeddedStore):
+            self._store.reload(_static_peers(config))
         await self._peers.reload(_peer_names(config))
         return []
 
@@ -355,12 +358,20 @@ class Daemon:
             await self._serving.abort(holder)
 
 
+def _store(config: Config, exchange: ExchangeRecords | None) -> Store:
+    """Return the configured store; one that needs a client library imports it only here."""
+    if config.metadata.store == "embedded":
+        return EmbeddedStore(_static_peers(config), exchange)
+    make: Callable[[object], Store] = store_class(config.metadata.store)
+    return make(getattr(config.metadata, config.metadata.store))
+
+
 def _static_peers(config: Config) -> list[StaticPeer]:
-    return [StaticPeer(peer.name, peer.address) for peer in config.metadata.embedded.peers]
+    return [StaticPeer(peer.name, peer.address) for peer in config.static_peers]
 
 
 def _peer_names(config: Config) -> list[str]:
-    return [peer.name for peer in config.metadata.embedded.peers if peer.name != config.node_name]
+    return [peer.name for peer in config.static_peers if peer.name != config.node_name]
 
 
 def _agent_of(notification: Notification) -> str:

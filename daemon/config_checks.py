@@ -89,7 +89,9 @@ def _check_listeners(config: Config) -> Iterator[Problem]:
             )
     tcp = config.active_backends().get("tcp")
     if tcp is not None and not tcp.get("secret_file"):
-        cause = "backends.tcp.listen is set" if tcp.get("listen") else "metadata.embedded.peers are configured"
+        cause = "backends.tcp.listen is set" if tcp.get("listen") else "peers are configured"
+        if config.metadata.store == "etcd" and not tcp.get("listen"):
+            cause = "peers come from etcd"
         yield Problem(
             "backends.tcp.secret_file",
             f"{cause}, and nodes prove themselves to each other with a secret",
@@ -139,6 +141,8 @@ def _check_sizes(config: Config) -> Iterator[Problem]:
 def _check_peers(config: Config) -> Iterator[Problem]:
     key = "metadata.embedded.peers"
     peers = config.metadata.embedded.peers
+    if peers and config.metadata.store != "embedded":
+        yield Problem(key, f"metadata.store is {config.metadata.store!r}, which finds peers by itself", "leave it out")
     for name, count in Counter(peer.name for peer in peers).items():
         if count > 1:
             yield Problem(key, f"{count} peers have the name {name!r}", "name each peer once")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from xferd.api.units import SIZE_UNITS
+from xferd.metadata.etcd_options import EtcdOptions
 from xferd.plugins.options import Nbytes, Options, Seconds
 
 if TYPE_CHECKING:
@@ -127,8 +128,9 @@ class EmbeddedConfig(Options):
 class MetadataConfig(Options):
     """Which store tells who is out there; the store's own section has its name."""
 
-    store: Literal["embedded"] = "embedded"
+    store: Literal["embedded", "etcd"] = "embedded"
     embedded: EmbeddedConfig = EmbeddedConfig()
+    etcd: EtcdOptions = EtcdOptions()
 
 
 class ShutdownConfig(Options):
@@ -182,13 +184,19 @@ class Config(Options):
         """Return the sections of the backends to start.
 
         A section is enough for any but ``tcp``: that one has work only once it listens or has a peer to call, and
-        a peer is enough for it.
+        a peer is enough for it. With a central store there may always be one, so that a section is enough.
         """
         active = {name: options for name, options in self.backends.items() if name != "tcp"}
         tcp = self.backends.get("tcp", {})
-        if tcp.get("listen") or self.metadata.embedded.peers:
+        has_peers = bool(self.static_peers) or (self.metadata.store == "etcd" and "tcp" in self.backends)
+        if tcp.get("listen") or has_peers:
             active["tcp"] = tcp
         return active
+
+    @property
+    def static_peers(self) -> tuple[PeerConfig, ...]:
+        """The configured peers, where the store goes by them."""
+        return self.metadata.embedded.peers if self.metadata.store == "embedded" else ()
 
 
 def default_backends() -> BackendSections:

@@ -63,7 +63,7 @@ class EtcdClient:
         self._turn = 0
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
-        self._retired: set[Connection] = set()  # moved away from, with streams that may still work
+        self._retired: set[Connection] = set()  # slow, moved away from, with streams that may still work
         self._streams: dict[Connection, int] = {}
         self._closed = False
         self.away_since: float | None = None
@@ -181,6 +181,7 @@ class EtcdClient:
                 await self._log_in(connection, deadline - _now())
             else:
                 self.seen()
+                await self._drop_retired()
                 return answer
         self._check_open()
         raise self.missed(failure)
@@ -213,7 +214,7 @@ class EtcdClient:
         return str(self._endpoints[self._turn % len(self._endpoints)])
 
     async def give_up(self, connection: Connection, problem: XferdError) -> None:
-        """Turn to the next member. Watches of the old one may live on: a slow answer does not end them."""
+        """Turn to the next member. Watches of a slow one live on until another member shows that it is the only one."""
         if self._connection is not connection:
             return  # somebody else was faster
         if len(self._endpoints) == 1 and isinstance(problem, DeadlineExceeded):
@@ -224,6 +225,10 @@ class EtcdClient:
             self._retired.add(connection)
             return
         await connection.aclose()
+
+    async def _drop_retired(self) -> None:
+        while self._retired:
+            await self._retired.pop().aclose()
 
     async def stream_ended(self, connection: Connection) -> None:
         """Let go of a connection that was kept for its streams alone."""

@@ -46,8 +46,10 @@ _OPTIONS = (
     ("grpc.enable_retries", 0),
     ("grpc.max_receive_message_length", MAX_ANSWER_NBYTES),
     # Finds a member that is cut off or stopped while a watch waits. etcd hangs up on pings more often than each 5 s.
+    # Of the two timeouts the second one counts (gRPC 1.85 waits 60 s without it, whatever the first one says).
     ("grpc.keepalive_time_ms", 7000),
     ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.ping_timeout_ms", 3000),
     ("grpc.http2.max_pings_without_data", 0),
 )
 

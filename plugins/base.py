@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -75,14 +75,18 @@ class FileSpace:
 
 @dataclass(frozen=True, slots=True)
 class RemoteSpace:
-    """Regions of another node at one epoch: positions are offsets, and the extent has a region column too."""
+    """Regions of another node at one epoch: positions are offsets, and the extent has a region column too.
+
+    ``memory`` says for people what the regions are, as far as their records tell.
+    """
 
     node: str
     epoch: int
+    memory: str = field(default="regions", compare=False)
     kind: ClassVar[SpaceKind] = SpaceKind.REMOTE
 
     def __str__(self) -> str:
-        return f"regions@{self.node}"
+        return f"{self.memory}@{self.node}"
 
 
 Space: TypeAlias = MappedSpace | ProcessSpace | FileSpace | RemoteSpace

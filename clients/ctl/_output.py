@@ -50,6 +50,12 @@ class Output:
         lines = (line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
         self._stdout.write("\n".join(lines) + "\n")
 
+    def event(self, answer: object, text: str) -> None:
+        """Show one of a series at once: a line for people, a document on one line for programs."""
+        line = json.dumps(document(answer), separators=(",", ":")) if self.is_json else text
+        self._stdout.write(line + "\n")
+        self._stdout.flush()
+
     def note(self, text: str) -> None:
         """Say something beside the answer."""
         self.errors.print(text, soft_wrap=True)

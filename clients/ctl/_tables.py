@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -165,6 +166,12 @@ def peers(infos: Iterable[t.PeerInfo], now: float) -> Table:
             for peer in infos
         ),
     )
+
+
+def peer_line(peer: t.PeerInfo) -> str:
+    """Return a peer's state on one line, with the time since when it is so."""
+    since = time.strftime("%H:%M:%S", time.localtime(peer.since))
+    return f"{since}  {peer.node.name:20}  {peer.state.value:8}  {peer.reason}".rstrip()
 
 
 def regions(infos: Iterable[t.RegionInfo]) -> Table:

@@ -51,10 +51,17 @@ def agents(ctx: typer.Context) -> None:
     _show(settings, "agents", answer, lambda: _tables.agents(others))
 
 
-def peers(ctx: typer.Context) -> None:
+def peers(
+    ctx: typer.Context,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on with each change, until interrupted.")] = False,
+) -> None:
     """List other nodes as this one sees them."""
     settings: Settings = ctx.obj
     with attach(settings) as client:
+        if watch:
+            for peer in client.watch_peers():
+                settings.output.event(peer, _tables.peer_line(peer))
+            return
         infos = client.peers()
     _show(settings, "peers", infos, lambda: _tables.peers(infos, time.time()))
 

@@ -226,6 +226,7 @@ class ListBook:
                 limit=f"{info.nbytes} bytes",
                 remedy="a descriptor lies inside one region",
             )
+        memory = "+".join(sorted({info.kind.value for info in infos.values()}))
         rights = Access.READ_WRITE
         for info in infos.values():
             rights &= info.access if info.writable else info.access & Access.READ
@@ -233,7 +234,7 @@ class ListBook:
             descriptors.offset,
             descriptors.nbytes,
             None,
-            (RemoteSpace(node, epoch),),
+            (RemoteSpace(node, epoch, memory),),
             descriptors.region,
             tuple(infos),
             node,

@@ -11,7 +11,7 @@ GONE      it left in good order, or its record was withdrawn
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -103,6 +103,8 @@ class PeerTable:
     def recorded(self, node: NodeInfo) -> None:
         """Take in a record."""
         peer = self._peers.get(node.name)
+        if peer is not None and peer.identity is not None and node.epoch < peer.identity.epoch:
+            return  # of an earlier start than the one that is connected
         if peer is None:
             peer, before = self._add(node), node
         else:
@@ -141,6 +143,8 @@ class PeerTable:
         before = peer.identity
         if before != identity:
             peer.identity, peer.dialled, peer.left = identity, "", False
+            if peer.node.epoch < identity.epoch:  # its new record comes soon; what the old one says is over
+                peer.node = replace(peer.node, id=identity.node_id, epoch=identity.epoch, agents=(), draining=False)
             peer.down.clear()
             if _drains(peer):
                 self._move(peer, PeerState.DRAINING, "its record says that it drains")
@@ -229,9 +233,8 @@ class PeerTable:
 
 
 def _drains(peer: Peer) -> bool:
-    """Whether a peer takes no new work; the record of an earlier epoch says nothing of the present one."""
-    is_present = peer.identity is None or peer.node.epoch >= peer.identity.epoch
-    return peer.left or (peer.node.draining and is_present)
+    """Whether a peer takes no new work."""
+    return peer.left or peer.node.draining
 
 
 def _bare(identity: PeerIdentity) -> NodeInfo:

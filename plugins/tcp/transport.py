@@ -237,7 +237,11 @@ class TcpTransport(PeerTransport):
 
     async def _dial_data(self, peer: Peer, address: Address, limits: PeerLimits) -> ClientLane:
         node, pool = peer.identity.node, peer.pool
-        sock, _, _ = await self._dial(address, pb.LANE_KIND_DATA, Expectation(node, peer.identity.epoch))
+        try:
+            sock, _, _ = await self._dial(address, pb.LANE_KIND_DATA, Expectation(node, peer.identity.epoch))
+        except PeerLost as exc:
+            remedy = exc.remedy or "post it again"
+            raise PeerLost(f"node {node!r}: no data lane: {exc.message}", limit=exc.limit, remedy=remedy) from exc
         assert pool is not None
         name = f"xferd-tcp-{node}-{next(self._numbers)}"
 

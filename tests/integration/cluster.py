@@ -137,6 +137,11 @@ class DaemonProcess:
         self.process.wait(10)
 
 
+def unix_connection(path: Path) -> http.client.HTTPConnection:
+    """Return a connection to a REST face over its Unix socket."""
+    return _UnixConnection(str(path))
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
         super().__init__("xferd", timeout=30)
