@@ -101,6 +101,15 @@ def close_session() -> Call[None]:
     return Call("SessionService.Close", pb.CloseSessionRequest(), _nothing)
 
 
+def pools() -> Call[list[t.PoolInfo]]:
+    """List pools with their statistics."""
+
+    def parse(reply: pb.PoolList) -> list[t.PoolInfo]:
+        return [wire.pool_from_message(message) for message in reply.pools]
+
+    return Call("MemoryService.ListPools", pb.ListPoolsRequest(), parse)
+
+
 def allocate(nbytes: int | Sequence[int], pool: str, access: t.Access, label: str) -> Call[t.RegionListing]:
     """Allocate one region, or a group."""
     sizes = (int(nbytes),) if isinstance(nbytes, SupportsIndex) else tuple(int(size) for size in nbytes)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, SupportsIndex, Unpack, overload
 
 from xferd.api import types as t
 from xferd.api import wire
-from xferd.api.errors import Unauthenticated
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
 from xferd.clients._aio_link import AsyncLink
@@ -54,11 +53,8 @@ class AsyncClient(AsyncLink):
     # -- memory
 
     async def pools(self) -> list[t.PoolInfo]:
-        """Return the pools; their statistics are those of the session's start where an admin token is missing."""
-        try:
-            return await self.admin.pools()
-        except Unauthenticated:
-            return list(self.grant.pools)
+        """Return the pools with their statistics."""
+        return await self._call(calls.pools())
 
     @overload
     async def allocate(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, SupportsIndex, Unpack, overload
 
 from xferd.api import types as t
 from xferd.api import wire
-from xferd.api.errors import Unauthenticated
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
 from xferd.clients._calls import WAIT_SLICE_S, ImportedMetadata, wait_slices
@@ -50,11 +49,8 @@ class Client(SyncLink):
     # -- memory
 
     def pools(self) -> list[t.PoolInfo]:
-        """Return the pools; their statistics are those of the session's start where an admin token is missing."""
-        try:
-            return self.admin.pools()
-        except Unauthenticated:
-            return list(self.grant.pools)
+        """Return the pools with their statistics."""
+        return self._call(calls.pools())
 
     @overload
     def allocate(self, nbytes: int, pool: str = ..., *, access: t.Access = ..., label: str = ...) -> Region: ...

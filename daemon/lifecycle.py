@@ -38,6 +38,10 @@ TELL_TIMEOUT_S = 5.0
 RELOAD_TIMEOUT_S = 10.0
 """What taking over a tree may take; a stop that comes meanwhile waits for it."""
 
+SETTLE_S = 0.2
+"""For tasks that are ending already: gRPC's own of a cancelled call end a moment after the call, and nobody can wait
+for them."""
+
 STRAY_GRACE_S = 2.0
 """What a cancelled task may take to end before it is named and given up."""
 
@@ -202,6 +206,8 @@ class Lifecycle:
     async def _end_strays(self) -> bool:
         """Cancel tasks that outlived their owners; names each, and returns whether all of them ended."""
         strays = asyncio.all_tasks() - {asyncio.current_task()}
+        if strays:
+            _, strays = await asyncio.wait(strays, timeout=SETTLE_S)
         if not strays:
             return True
         for task in strays:

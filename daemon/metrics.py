@@ -6,7 +6,6 @@ or sessions.
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -97,11 +96,8 @@ class ServiceCollector(Collector):
         healthy = GaugeMetricFamily("xferd_store_healthy", "1 where the store of nodes works, 0 where it is away")
         healthy.add_metric([], 0 if self._service.degraded() else 1)
         yield healthy
-        counted = self._service.store_statistics()
-        if is_dataclass(counted) and not isinstance(counted, type):
-            for name, value in asdict(counted).items():
-                metric = name.removesuffix("_s") + "_seconds" if name.endswith("_s") else name
-                yield UnknownMetricFamily(f"xferd_store_{metric}", f"the store's own: {name}", value=value)
+        for name, value in self._service.store_statistics().items():
+            yield UnknownMetricFamily(f"xferd_store_{name}", "of the store's own, see docs/operations.md", value=value)
 
 
 def exporter(service: Service) -> CollectorRegistry:

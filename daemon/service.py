@@ -315,7 +315,7 @@ class Service:
         """Return how many connected peers were lost since the start, for metrics."""
         return self._peers.losses
 
-    def store_statistics(self) -> object:
+    def store_statistics(self) -> Mapping[str, float]:
         """Return the store's own counters, for metrics."""
         return self._store.statistics()
 

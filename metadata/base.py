@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from xferd.api.errors import Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from xferd.api.types import NodeInfo
 
@@ -152,9 +152,9 @@ class Store(abc.ABC):
     def health(self) -> str:
         """Return "" when the store works, else what is wrong and since when."""
 
-    def statistics(self) -> object:
-        """Return a dataclass of the store's own counters, for metrics; None where it counts nothing."""
-        return None
+    def statistics(self) -> Mapping[str, float]:
+        """Return the store's own counters by name, for metrics; names are fixed and few."""
+        return {}
 
 
 def _no_blobs(label: str) -> Unsupported:

@@ -51,6 +51,11 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
         caller = caller_of(self._engine, context)
         return wire.listing_to_message(await self._engine.regions(caller, wire.region_query_from_message(request)))
 
+    @answers
+    async def ListPools(self, request: pb.ListPoolsRequest, context: Context) -> pb.PoolList:
+        caller_of(self._engine, context)
+        return pb.PoolList(pools=[wire.pool_to_message(pool) for pool in self._engine.pools()])
+
     # A coroutine that writes, where the stub expects a generator: a cancelled one cleans up at once.
     @answers
     async def Read(self, request: pb.ReadRegionRequest, context: Context) -> None:  # type: ignore[override]

@@ -190,6 +190,11 @@ class MemoryServiceStub(object):
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListRegionsRequest.SerializeToString,
                 response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.FromString,
                 _registered_method=True)
+        self.ListPools = channel.unary_unary(
+                '/xferd.v1.MemoryService/ListPools',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListPoolsRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PoolList.FromString,
+                _registered_method=True)
         self.Read = channel.unary_stream(
                 '/xferd.v1.MemoryService/Read',
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ReadRegionRequest.SerializeToString,
@@ -244,6 +249,13 @@ class MemoryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPools(self, request, context):
+        """Lists the pools that regions can be allocated from, with their statistics.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Read(self, request, context):
         """Reads a span of a region. Messages carry at most 1 MiB each.
         """
@@ -285,6 +297,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.ListRegions,
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListRegionsRequest.FromString,
                     response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.SerializeToString,
+            ),
+            'ListPools': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPools,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListPoolsRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PoolList.SerializeToString,
             ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
@@ -434,6 +451,33 @@ class MemoryService(object):
             '/xferd.v1.MemoryService/ListRegions',
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListRegionsRequest.SerializeToString,
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPools(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/ListPools',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListPoolsRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.PoolList.FromString,
             options,
             channel_credentials,
             insecure,

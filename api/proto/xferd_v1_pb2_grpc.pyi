@@ -224,6 +224,22 @@ _MemoryServiceListRegionsType = typing_extensions.TypeVar(
     ],
 )
 
+_MemoryServiceListPoolsType = typing_extensions.TypeVar(
+    '_MemoryServiceListPoolsType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListPoolsRequest,
+        xferd.api.proto.xferd_v1_pb2.PoolList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListPoolsRequest,
+        xferd.api.proto.xferd_v1_pb2.PoolList,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListPoolsRequest,
+        xferd.api.proto.xferd_v1_pb2.PoolList,
+    ],
+)
+
 _MemoryServiceReadType = typing_extensions.TypeVar(
     '_MemoryServiceReadType',
     grpc.UnaryStreamMultiCallable[
@@ -256,7 +272,7 @@ _MemoryServiceWriteType = typing_extensions.TypeVar(
     ],
 )
 
-class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServiceRegisterPrivateType, _MemoryServiceRegisterFileType, _MemoryServiceFreeType, _MemoryServiceListRegionsType, _MemoryServiceReadType, _MemoryServiceWriteType]):
+class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServiceRegisterPrivateType, _MemoryServiceRegisterFileType, _MemoryServiceFreeType, _MemoryServiceListRegionsType, _MemoryServiceListPoolsType, _MemoryServiceReadType, _MemoryServiceWriteType]):
     """---------------------------------------------------------------------------------------------- memory"""
 
     @typing.overload
@@ -280,6 +296,10 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
         grpc.UnaryUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.ListRegionsRequest,
             xferd.api.proto.xferd_v1_pb2.RegionList,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListPoolsRequest,
+            xferd.api.proto.xferd_v1_pb2.PoolList,
         ],
         grpc.UnaryStreamMultiCallable[
             xferd.api.proto.xferd_v1_pb2.ReadRegionRequest,
@@ -313,6 +333,10 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
             xferd.api.proto.xferd_v1_pb2.ListRegionsRequest,
             xferd.api.proto.xferd_v1_pb2.RegionList,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListPoolsRequest,
+            xferd.api.proto.xferd_v1_pb2.PoolList,
+        ],
         grpc.aio.UnaryStreamMultiCallable[
             xferd.api.proto.xferd_v1_pb2.ReadRegionRequest,
             xferd.api.proto.xferd_v1_pb2.Bytes,
@@ -342,6 +366,9 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
     With `node` set, asks that node.
     """
 
+    ListPools: _MemoryServiceListPoolsType
+    """Lists the pools that regions can be allocated from, with their statistics."""
+
     Read: _MemoryServiceReadType
     """Reads a span of a region. Messages carry at most 1 MiB each."""
 
@@ -368,6 +395,10 @@ MemoryServiceAsyncStub: typing_extensions.TypeAlias = MemoryServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.ListRegionsRequest,
         xferd.api.proto.xferd_v1_pb2.RegionList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListPoolsRequest,
+        xferd.api.proto.xferd_v1_pb2.PoolList,
     ],
     grpc.aio.UnaryStreamMultiCallable[
         xferd.api.proto.xferd_v1_pb2.ReadRegionRequest,
@@ -425,6 +456,14 @@ class MemoryServiceServicer(metaclass=abc.ABCMeta):
         """Lists regions that the caller may see: its own, and those of others whose access is not NONE.
         With `node` set, asks that node.
         """
+
+    @abc.abstractmethod
+    def ListPools(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.ListPoolsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.PoolList, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.PoolList]]:
+        """Lists the pools that regions can be allocated from, with their statistics."""
 
     @abc.abstractmethod
     def Read(

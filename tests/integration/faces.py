@@ -12,7 +12,6 @@ import http.client
 import json
 import socket
 import struct
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
@@ -438,13 +437,3 @@ def request(
 
 
 FACES: dict[str, type[GrpcFace | RestFace]] = {"grpc": GrpcFace, "rest": RestFace}
-
-
-def longest_gap_s(ask: Any, is_over: Any) -> float:
-    """Call ``ask`` without pause until ``is_over``; returns the longest time that one call took."""
-    longest = 0.0
-    while not is_over():
-        began = time.monotonic()
-        ask()
-        longest = max(longest, time.monotonic() - began)
-    return longest

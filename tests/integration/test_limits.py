@@ -5,7 +5,9 @@ Also what the daemon costs: memory and CPU when idle, CPU for a list of 100,000 
 
 from __future__ import annotations
 
-import threading
+import json
+import subprocess
+import sys
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,7 +17,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from faces import FACES, Refused, Rows, Strides, longest_gap_s, refuses, request, row
+from faces import FACES, Refused, Rows, Strides, refuses, row
 
 from xferd.api.descriptors import DescriptorList
 from xferd.api.errors import LimitExceeded, OutOfBounds, Overloaded, Unavailable
@@ -184,34 +186,57 @@ def test_a_rest_body_over_the_limit(narrow: DaemonProcess, no_leaks: Callable[..
 # ------------------------------------------------------------------------------------------- a million rows
 
 
+BYSTANDER = """
+import json, socket, sys, threading, time
+from xferd.clients import Client
+
+session_socket, admin_socket = sys.argv[1:]
+over, longest_s = threading.Event(), {}
+
+def livez():
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(admin_socket)
+        sock.sendall(b"GET /livez HTTP/1.1\\r\\nHost: xferd\\r\\nConnection: close\\r\\n\\r\\n")
+        while sock.recv(65536):
+            pass
+
+def measure(name, ask):
+    ask()
+    longest_s[name] = 0.0
+    while not over.is_set():
+        began = time.monotonic()
+        ask()
+        longest_s[name] = max(longest_s[name], time.monotonic() - began)
+
+with Client.connect(session_socket) as client:
+    threads = [threading.Thread(target=measure, args=pair) for pair in (("livez", livez), ("grpc", client.node))]
+    for thread in threads:
+        thread.start()
+    print("measuring", flush=True)
+    sys.stdin.read()
+    over.set()
+    for thread in threads:
+        thread.join()
+print(json.dumps(longest_s))
+"""
+
+
 class Bystander:
-    """Another client that calls without pause; ``longest_s`` is the longest that it had to wait."""
+    """Another client, a process of its own, that calls without pause; ``longest_s`` is how long it had to wait."""
 
     def __init__(self, daemon: DaemonProcess) -> None:
-        self._daemon = daemon
-        self._over = threading.Event()
-        self.longest_s = {"livez": 0.0, "grpc": 0.0}
-        self._threads = [
-            threading.Thread(target=self._measure, args=("livez", lambda: request(daemon, "GET", "/livez"))),
-            threading.Thread(target=self._measure_grpc),
-        ]
+        self._args = [sys.executable, "-c", BYSTANDER, str(daemon.session_socket), str(daemon.admin_socket)]
+        self.longest_s: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        self._process = subprocess.Popen(self._args, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"measuring\n"
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _measure(self, name: str, ask: Callable[[], object]) -> None:
-        self.longest_s[name] = longest_gap_s(ask, self._over.is_set)
-
-    def _measure_grpc(self) -> None:
-        with Client.connect(self._daemon.session_socket, agent="bystander") as client:
-            self._measure("grpc", client.node)
+        said, _ = self._process.communicate(timeout=60)
+        self.longest_s = json.loads(said)
 
 
 @pytest.mark.slow

@@ -147,6 +147,7 @@ async def test_every_call_but_open_needs_a_live_token(client: Client, metadata: 
         client.memory.RegisterFile(pb.RegisterFileRequest(), metadata=metadata),
         client.memory.Free(pb.FreeRequest(), metadata=metadata),
         client.memory.ListRegions(pb.ListRegionsRequest(), metadata=metadata),
+        client.memory.ListPools(pb.ListPoolsRequest(), metadata=metadata),
         client.memory.Read(pb.ReadRegionRequest(), metadata=metadata).read(),
         client.memory.Write(iter([pb.WriteRegionRequest()]), metadata=metadata),
         client.transfers.Prepare(pb.PrepareRequest(), metadata=metadata),

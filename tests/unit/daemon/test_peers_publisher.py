@@ -41,6 +41,8 @@ class Recorder(EmbeddedStore):
         self.published.set()
 
     async def withdraw(self) -> None:
+        if self.failure is not None:
+            raise self.failure
         self.log.append("withdrawn")
 
     async def get_blob(self, node: str, label: str) -> bytes:
@@ -100,6 +102,7 @@ async def test_a_taken_name_is_refused_at_the_start_and_a_store_that_is_away_is_
         rig.me = replace(ME, draining=True)
         await rig.publisher.publish()
         assert rig.drains == [True], "peers are told though the store is not there"
+        await rig.publisher.withdraw()
 
 
 async def test_a_label_is_waited_for_until_the_deadline() -> None:
