@@ -15,6 +15,7 @@ import errno
 import os
 import select
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -361,7 +362,7 @@ def iov_of(buffer: memoryview | bytearray | bytes) -> IovTable:
 def _path_of(fd: int) -> str:
     """Return the path of an open file for a message; asked for in failure only."""
     try:
-        return os.readlink(f"/proc/self/fd/{fd}")
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError:
         return f"of descriptor {fd}"
 
