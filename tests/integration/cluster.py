@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -205,10 +206,15 @@ class Cluster:
                 continue
             if code != 0:
                 problems.append(f"daemon {daemon.name} exited with {code}:\n{daemon.log()[-3000:]}")
-        for daemon in self.daemons:
-            for sign in ("Traceback (most recent call last)", "task_outlived_its_owner", "ResourceWarning"):
-                if sign in daemon.log():
-                    problems.append(f"daemon {daemon.name} logged {sign!r}:\n{daemon.log()[-5000:]}")
+        signs = ("Traceback (most recent call last)", "task_outlived_its_owner", "ResourceWarning")
+        problems.extend(
+            f"daemon {daemon.name} logged {sign!r}:\n{daemon.log()[-5000:]}"
+            for daemon in self.daemons
+            for sign in signs
+            if sign in daemon.log()
+        )
+        if not problems:
+            shutil.rmtree(self.root, ignore_errors=True)
         return problems
 
 

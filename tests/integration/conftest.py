@@ -62,6 +62,6 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         def same(watched: DaemonProcess = watched, footprint: dict[str, int] = footprint) -> object:
             now = watched.footprint()
             grown = {key: (footprint[key], now[key]) for key in now if now[key] > footprint[key]}
-            return not grown or grown
+            return grown or True
 
         eventually(same, what=f"daemon {watched.name} as it was before {request.node.name}")
