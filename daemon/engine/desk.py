@@ -5,6 +5,7 @@ Moving is the runner's, deciding the machine's. ``daemon/service.py`` puts the f
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from xferd.api.errors import (
     XferdError,
 )
 from xferd.api.types import ENDED, Access, TransferId, TransferOp, TransferState
+from xferd.daemon.engine.lists import LARGE_ROWS
 from xferd.daemon.engine.machine import Transfer
 from xferd.daemon.memory.regions import LocalActor
 
@@ -136,6 +138,8 @@ class TransferDesk:
         check_total(local, remote)
         _check_remote_rights(remote, request.op)
         source, target = (remote, local) if request.op is TransferOp.READ else (local, remote)
+        if len(source) + len(target) > LARGE_ROWS:
+            return await asyncio.to_thread(self._planner.plan, source, target, pin=request.backend)
         return self._planner.plan(source, target, pin=request.backend)
 
     def post(self, caller: Caller, transfer_id: TransferId) -> TransferStatus:

@@ -7,6 +7,7 @@ What can change afterwards (a region freed, an epoch over) is checked again at e
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from xferd.api.types import RegionInfo, SessionId
     from xferd.daemon.memory.regions import RegionTable
     from xferd.plugins.base import PeerIdentity, Space
+
+
+LARGE_ROWS = 1 << 16
+"""Lists beyond this are checked and planned in a thread, so that other clients' calls do not wait: 100,000 rows take
+5 to 8 ms, a million 60 ms and more. The tables that are read there are thread-safe."""
 
 
 class RemoteRegions(Protocol):
@@ -136,6 +142,8 @@ class ListBook:
             Stale, NotFound, OutOfBounds, PeerUnknown, PeerLost.
         """
         if self.is_local(descriptors.node):
+            if len(descriptors) > LARGE_ROWS:
+                return await asyncio.to_thread(self._check_local, descriptors)
             return self._check_local(descriptors)
         return await self._check_remote(descriptors)
 
