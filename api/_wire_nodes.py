@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xferd.api import types as t
-from xferd.api._wire_core import known_kinds, peer_state_from_wire, text
+from xferd.api._wire_core import check_state_from_wire, known_kinds, peer_state_from_wire, text
 from xferd.api.proto import xferd_v1_pb2 as pb
 
 
@@ -154,3 +154,15 @@ def hold_from_message(message: pb.Hold) -> t.HoldInfo:
         since=message.since,
         expires_at=message.expires_at,
     )
+
+
+def check_to_message(check: t.Check) -> pb.Check:
+    """Return the wire form."""
+    message = pb.Check(name=check.name, finding=text(check.finding), remedy=text(check.remedy))
+    message.state = pb.CheckState.Value(f"CHECK_STATE_{check.state.name}")
+    return message
+
+
+def check_from_message(message: pb.Check) -> t.Check:
+    """Return the record."""
+    return t.Check(message.name, check_state_from_wire(message.state), message.finding, message.remedy)

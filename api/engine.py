@@ -260,6 +260,9 @@ class Admin(Protocol):
     def holds(self) -> list[t.HoldInfo]:
         """List everything held: by whom, why, until when."""
 
+    async def diagnose(self) -> list[t.Check]:
+        """Look at the daemon's surroundings and say what is wrong and what to do; changes nothing. Takes seconds."""
+
     def metrics(self) -> bytes:
         """Return all metrics in the Prometheus text format."""
 

@@ -91,6 +91,14 @@ class PeerState(enum.Enum):
     GONE = "GONE"
 
 
+class CheckState(enum.Enum):
+    """How a check of the daemon's surroundings ended; what does not apply is OK, and the finding says so."""
+
+    OK = "OK"
+    WARN = "WARN"
+    FAIL = "FAIL"
+
+
 class Transport(enum.Enum):
     """How a session came about; its values stand in listings."""
 
@@ -443,3 +451,13 @@ class HoldInfo:
     reason: str
     since: float
     expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at, what was found, and what to do about it ("" where it is OK)."""
+
+    name: str
+    state: CheckState
+    finding: str
+    remedy: str

@@ -9,6 +9,8 @@ from xferd.api import wire
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients._calls import Call
 
+DIAGNOSE_WAIT_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class DrainResult:
@@ -72,6 +74,15 @@ def holds() -> Call[list[t.HoldInfo]]:
         return [wire.hold_from_message(message) for message in reply.holds]
 
     return Call("AdminService.ListHolds", pb.ListHoldsRequest(), parse, is_admin=True)
+
+
+def diagnose() -> Call[list[t.Check]]:
+    """Have the daemon look at its surroundings; it waits for ports and etcd."""
+
+    def parse(reply: pb.DiagnoseReport) -> list[t.Check]:
+        return [wire.check_from_message(message) for message in reply.checks]
+
+    return Call("AdminService.Diagnose", pb.DiagnoseRequest(), parse, wait_s=DIAGNOSE_WAIT_S, is_admin=True)
 
 
 def end_session(session: t.SessionId) -> Call[None]:

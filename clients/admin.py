@@ -71,6 +71,10 @@ class Admin:
         """Return everything held: by whom, why, until when."""
         return self._call(calls.holds())
 
+    def diagnose(self) -> list[t.Check]:
+        """Look at the daemon's surroundings: what is wrong, and what to do. May take seconds."""
+        return self._call(calls.diagnose())
+
     def end_session(self, session: t.SessionId) -> None:
         """End a session; returns when all it held is released."""
         self._call(calls.end_session(session))
@@ -117,6 +121,10 @@ class AsyncAdmin:
     async def holds(self) -> list[t.HoldInfo]:
         """Return everything held: by whom, why, until when."""
         return await self._call(calls.holds())
+
+    async def diagnose(self) -> list[t.Check]:
+        """Look at the daemon's surroundings: what is wrong, and what to do. May take seconds."""
+        return await self._call(calls.diagnose())
 
     async def end_session(self, session: t.SessionId) -> None:
         """End a session; returns when all it held is released."""

@@ -9,28 +9,18 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from xferd.api.errors import InvalidArgument, Unavailable
+from xferd.api.errors import InvalidArgument
+from xferd.clients.processes import free_ports, start_ready, stop
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Sequence
     from types import TracebackType
-
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 20.0
-LOG_TAIL_NBYTES = 4000
-
-_FOREIGN = ("XFERD_", "LISTEN_", "WATCHDOG_", "NOTIFY_", "RUNTIME_DIRECTORY")
-"""Environment of whoever starts us that must not reach our daemons."""
 
 
 class Node:
@@ -97,7 +87,7 @@ class Nodes:
         """
         if any(node.name == name for node in self._nodes):
             raise InvalidArgument(f"node {name!r} is running", remedy="give each node a name of its own")
-        run_dir, files, port = self.root / name, self.root / f"{name}-files", _free_port()
+        run_dir, files, (port,) = self.root / name, self.root / f"{name}-files", free_ports(1)
         run_dir.mkdir()
         files.mkdir()
         wanted = [
@@ -118,7 +108,7 @@ class Nodes:
     def close(self) -> None:
         """Stop all daemons, the youngest first, and remove their directory. Twice is fine."""
         for node in reversed(self._nodes):
-            _stop(node.process)
+            stop(node.process)
         self._nodes.clear()
         shutil.rmtree(self.root, ignore_errors=True)
 
@@ -131,67 +121,14 @@ class Nodes:
         self.close()
 
     def _spawn(self, run_dir: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
-        """Start the process and wait until it says that it is ready, over a notify socket, as to systemd."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, _log_path(run_dir).open("ab") as log:
-            address = str(self.root / f"{run_dir.name}.notify")
-            notify.bind(address)
-            environ = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
-            process = subprocess.Popen(
-                [sys.executable, "-m", "xferd.daemon.cli", "serve", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environ | {"NOTIFY_SOCKET": address},
-                process_group=0,  # Ctrl-C is for whoever started us, who then stops the daemon in order
-            )
-            try:
-                ready = _is_ready(notify, process)
-            except BaseException:
-                _stop(process)
-                raise
-        if not ready:
-            _stop(process)
-            tail = _log_path(run_dir).read_bytes()[-LOG_TAIL_NBYTES:].decode(errors="replace")
-            raise Unavailable(
-                f"daemon {run_dir.name} did not start:\n{tail}",
-                limit=f"{START_TIMEOUT_S:g} s",
-                remedy="is the daemon installed? pip install 'xferd[daemon]'",
-            )
-        return process
-
-
-def _is_ready(notify: socket.socket, process: subprocess.Popen[bytes]) -> bool:
-    """Return whether the daemon says READY before it ends, or the time is over."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    pidfd = os.pidfd_open(process.pid)
-    try:
-        while (left_s := deadline - time.monotonic()) > 0:
-            heard = wait([notify.fileno(), pidfd], left_s)
-            if notify.fileno() in heard and b"READY=1" in notify.recv(65536).split(b"\n"):
-                return True
-            if pidfd in heard:
-                return False
-    finally:
-        os.close(pidfd)
-    return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        """Start the process and return when it is ready."""
+        return start_ready(
+            f"daemon {run_dir.name}",
+            [sys.executable, "-m", "xferd.daemon.cli", "serve", *arguments],
+            log=_log_path(run_dir),
+            remedy="is the daemon installed? pip install 'xferd[daemon]'",
+        )
 
 
 def _log_path(run_dir: Path) -> Path:
     return run_dir.with_suffix(".log")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

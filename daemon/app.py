@@ -22,6 +22,7 @@ from xferd.daemon import log as logs
 from xferd.daemon import metrics
 from xferd.daemon.components import Components
 from xferd.daemon.config import to_toml
+from xferd.daemon.doctor_facts import Doctor
 from xferd.daemon.engine.costs import CostModel
 from xferd.daemon.engine.desk import TransferDesk
 from xferd.daemon.engine.lists import ListBook
@@ -79,7 +80,7 @@ async def serve(config: Config, source: ConfigSource) -> int:
     async def open_components(settings: Config) -> AsyncIterator[Daemon]:
         with RunDir(settings.run_dir):
             async with Components() as stack:
-                daemon = Daemon(settings, health, stack)
+                daemon = Daemon(settings, health, stack, source.load)
                 await daemon.start()
                 yield daemon
 
@@ -93,10 +94,12 @@ class Daemon:
         config: the tree to start with; ``reload`` takes a later one.
         health: asked for liveness.
         stack: closes what was started, in reverse.
+        load_config: loads the tree again from where it came, to compare.
     """
 
-    def __init__(self, config: Config, health: Health, stack: Components) -> None:
+    def __init__(self, config: Config, health: Health, stack: Components, load_config: Callable[[], Config]) -> None:
         self._config = config
+        self._load_config = load_config
         self._health = health
         self._stack = stack
         self._admin_token = _read_token(config.rest.token_file)
@@ -129,6 +132,7 @@ class Daemon:
         self._make_sessions(name, epoch)
         self._make_service()
         self._make_faces()
+        self._make_doctor()
 
     # ------------------------------------------------------------------------------------ making
 
@@ -253,6 +257,20 @@ class Daemon:
             inherited or config.session_socket, self._service, allowed_uids=config.sessions.allowed_uids
         )
 
+    def _make_doctor(self) -> None:
+        doctor = Doctor(
+            config=lambda: self._config,
+            load_config=self._load_config,
+            me=self._identity.info,
+            faces=lambda: {"grpc.listen": self._grpc_address(), "rest.listen": self._rest.address},
+            pools=self._service.pools,
+            staging=self._staging,
+            store=self._store,
+            peers=self._peers.peers,
+            refusal=self._service.refusal,
+        )
+        self._service.set_doctor(doctor)
+
     # ------------------------------------------------------------------------------------ life
 
     async def start(self) -> None:
@@ -337,6 +355,10 @@ class Daemon:
     def _limits(self) -> Limits:
         limits = self._config.limits
         return Limits(limits.max_descriptors, self._config.grpc.max_message, limits.max_notification, limits.max_group)
+
+    def _grpc_address(self) -> str:
+        """Return gRPC's TCP address with the real port, "" where it has none."""
+        return f"{self._config.grpc.listen.rpartition(':')[0]}:{self._grpc.port}" if self._grpc.port else ""
 
     def _drain_changed(self, draining: bool) -> None:
         self._identity.draining = draining

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from xferd.api import types as t
     from xferd.api.descriptors import DescriptorList
+    from xferd.daemon.doctor_facts import Doctor
     from xferd.daemon.engine.desk import TransferDesk
     from xferd.daemon.engine.lists import ListBook
     from xferd.daemon.engine.notifications import Inboxes
@@ -99,6 +100,7 @@ class Service:
         self._refusal = "starting"
         self._is_stopping = False
         self._metrics: Callable[[], bytes] = bytes
+        self._doctor: Doctor | None = None
 
     # ------------------------------------------------------------------------------------ Sessions
 
@@ -353,6 +355,15 @@ class Service:
 
     def metrics(self) -> bytes:
         return self._metrics()
+
+    def set_doctor(self, doctor: Doctor) -> None:
+        """Take who looks at the surroundings; it reads the faces, so it comes after them."""
+        self._doctor = doctor
+
+    async def diagnose(self) -> list[t.Check]:
+        if self._doctor is None:
+            raise Unavailable("the daemon is starting", remedy="ask again")
+        return await self._doctor.diagnose()
 
     def log_level(self) -> str:
         return self._log_level()

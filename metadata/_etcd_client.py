@@ -133,6 +133,10 @@ class EtcdClient:
         """Renew a lease; 0: it has ended."""
         return await self._call(lambda connection, left: connection.keep_alive(lease, left), _now() + timeout_s)
 
+    async def time_to_live(self, lease: int, timeout_s: float) -> int:
+        """Return the whole seconds that a lease has left, -1 where it has ended. Does not renew it."""
+        return await self._call(lambda connection, left: connection.time_to_live(lease, left), _now() + timeout_s)
+
     async def revoke(self, lease: int, timeout_s: float) -> None:
         """End a lease; raises ``NotFound`` where it has ended."""
         await self._call(lambda connection, left: connection.revoke(lease, left), _now() + timeout_s)

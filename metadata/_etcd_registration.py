@@ -17,6 +17,7 @@ import structlog
 from xferd.api.errors import AlreadyExists, InvalidState, LimitExceeded, NotFound, Unavailable, XferdError
 from xferd.metadata._etcd_records import encode_node
 from xferd.metadata._etcd_wire import Guard
+from xferd.metadata.base import LeaseView
 from xferd.metadata.records import node_from_bytes
 
 if TYPE_CHECKING:
@@ -187,6 +188,20 @@ class Registration:
                 await self._client.revoke(lease.id, self._timeout_s)
             except NotFound:
                 return
+
+    async def lease_view(self) -> LeaseView | None:
+        """Compare clocks by means of our lease; None where we hold none that we believe in, or lost it meanwhile.
+
+        Raises:
+            Unavailable: etcd is away.
+        """
+        lease = self._lease
+        if lease is None or lease.has_ended(self._clock()):
+            return None
+        theirs_s = await self._client.time_to_live(lease.id, self._timeout_s)
+        if self._lease is not lease:  # renewed or lost while we asked: the two times do not belong together
+            return None
+        return LeaseView(lease.ttl_s, lease.ttl_s - (self._clock() - lease.since), float(theirs_s))
 
     # -- upkeep
 

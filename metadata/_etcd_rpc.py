@@ -182,6 +182,12 @@ class Connection:
         answer = await self._ask(self._keep_alive(request, timeout=timeout_s, metadata=self._metadata()))
         return int(answer.TTL)
 
+    async def time_to_live(self, lease: int, timeout_s: float) -> int:
+        """Return the whole seconds that a lease has left, -1 where it has ended. Does not renew it."""
+        request = rpc.LeaseTimeToLiveRequest(ID=lease)
+        answer = await self._ask(self._lease.LeaseTimeToLive(request, timeout=timeout_s, metadata=self._metadata()))
+        return int(answer.TTL)
+
     async def revoke(self, lease: int, timeout_s: float) -> None:
         """End a lease, and with it all keys under it.
 

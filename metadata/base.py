@@ -30,6 +30,19 @@ class NodeChange:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseView:
+    """How long our lease has left: by our clock since we asked for its renewal, and as the store counts it.
+
+    The store counts whole seconds, rounded down, and from a moment after ours: without a fault in a clock ``theirs_s``
+    is from one second less than ``ours_s`` up to a request's time more; after a change of etcd's leader up to the TTL.
+    """
+
+    ttl_s: float
+    ours_s: float
+    theirs_s: float
+
+
 class NodeWatch(Protocol):
     """Changes one by one; ends when it or the store is closed."""
 
@@ -151,6 +164,14 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def health(self) -> str:
         """Return "" when the store works, else what is wrong and since when."""
+
+    async def lease_view(self) -> LeaseView | None:
+        """Compare clocks by means of our lease; None where the store has no leases or we hold none now.
+
+        Raises:
+            Unavailable: the store is away.
+        """
+        return None
 
     def statistics(self) -> Mapping[str, float]:
         """Return the store's own counters by name, for metrics; names are fixed and few."""

@@ -30,7 +30,7 @@ from xferd.metadata._etcd_records import Decoder, assemble
 from xferd.metadata._etcd_registration import Registration, boot_time
 from xferd.metadata._etcd_wire import full_jitter
 from xferd.metadata._watching import Watch
-from xferd.metadata.base import NodeChange, Store
+from xferd.metadata.base import LeaseView, NodeChange, Store
 from xferd.metadata.etcd_options import EtcdOptions
 from xferd.metadata.keys import Keys
 
@@ -157,6 +157,11 @@ class EtcdStore(Store):
         if self._cache.stale_since is not None:
             return f"what is known of peers is not current since {_when(self._cache.stale_since)}"
         return ""
+
+    async def lease_view(self) -> LeaseView | None:
+        """Compare clocks by means of our lease; None where we hold none. Raises ``Unavailable`` while etcd is away."""
+        self._check_open()
+        return await self._registration.lease_view()
 
     def statistics(self) -> dict[str, float]:
         """Return counters since the start, and what is held now.

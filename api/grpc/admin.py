@@ -84,5 +84,10 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
             return pb.SetLogLevelResponse(previous=self._engine.log_level())
         return pb.SetLogLevelResponse(previous=self._engine.set_log_level(request.level))
 
+    @answers
+    async def Diagnose(self, request: pb.DiagnoseRequest, context: Context) -> pb.DiagnoseReport:
+        self._authenticate(context)
+        return pb.DiagnoseReport(checks=[wire.check_to_message(check) for check in await self._engine.diagnose()])
+
     def _authenticate(self, context: Context) -> t.Caller:
         return self._engine.authenticate_admin(token_of(context))

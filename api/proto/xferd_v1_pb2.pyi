@@ -201,6 +201,29 @@ PEER_STATE_DRAINING: PeerState.ValueType  # 5
 PEER_STATE_GONE: PeerState.ValueType  # 6
 Global___PeerState: typing_extensions.TypeAlias = PeerState
 
+class _CheckState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CheckStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CheckState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CHECK_STATE_UNSPECIFIED: _CheckState.ValueType  # 0
+    CHECK_STATE_OK: _CheckState.ValueType  # 1
+    """also where the check does not apply; the finding says so"""
+    CHECK_STATE_WARN: _CheckState.ValueType  # 2
+    """works, and will not under load, after a restart, or for some"""
+    CHECK_STATE_FAIL: _CheckState.ValueType  # 3
+
+class CheckState(_CheckState, metaclass=_CheckStateEnumTypeWrapper): ...
+
+CHECK_STATE_UNSPECIFIED: CheckState.ValueType  # 0
+CHECK_STATE_OK: CheckState.ValueType  # 1
+"""also where the check does not apply; the finding says so"""
+CHECK_STATE_WARN: CheckState.ValueType  # 2
+"""works, and will not under load, after a restart, or for some"""
+CHECK_STATE_FAIL: CheckState.ValueType  # 3
+Global___CheckState: typing_extensions.TypeAlias = CheckState
+
 @typing.final
 class ErrorDetail(google.protobuf.message.Message):
     """One error, as it stands in trailing metadata and in a failed TransferStatus."""
@@ -2109,3 +2132,55 @@ class SetLogLevelResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["previous", b"previous"]) -> None: ...
 
 Global___SetLogLevelResponse: typing_extensions.TypeAlias = SetLogLevelResponse
+
+@typing.final
+class DiagnoseRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___DiagnoseRequest: typing_extensions.TypeAlias = DiagnoseRequest
+
+@typing.final
+class Check(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    FINDING_FIELD_NUMBER: builtins.int
+    REMEDY_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """of what was looked at; several checks may share one"""
+    state: Global___CheckState.ValueType
+    finding: builtins.str
+    remedy: builtins.str
+    """empty where the state is OK"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        state: Global___CheckState.ValueType = ...,
+        finding: builtins.str = ...,
+        remedy: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finding", b"finding", "name", b"name", "remedy", b"remedy", "state", b"state"]) -> None: ...
+
+Global___Check: typing_extensions.TypeAlias = Check
+
+@typing.final
+class DiagnoseReport(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHECKS_FIELD_NUMBER: builtins.int
+    @property
+    def checks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Check]: ...
+    def __init__(
+        self,
+        *,
+        checks: collections.abc.Iterable[Global___Check] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checks", b"checks"]) -> None: ...
+
+Global___DiagnoseReport: typing_extensions.TypeAlias = DiagnoseReport

@@ -1717,6 +1717,11 @@ class AdminServiceStub(object):
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.SetLogLevelRequest.SerializeToString,
                 response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.SetLogLevelResponse.FromString,
                 _registered_method=True)
+        self.Diagnose = channel.unary_unary(
+                '/xferd.v1.AdminService/Diagnose',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseReport.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -1787,6 +1792,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Diagnose(self, request, context):
+        """Looks at the daemon's surroundings now: configuration, limits, store, ports, files, peers. May take seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1839,6 +1851,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.SetLogLevel,
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.SetLogLevelRequest.FromString,
                     response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.SetLogLevelResponse.SerializeToString,
+            ),
+            'Diagnose': grpc.unary_unary_rpc_method_handler(
+                    servicer.Diagnose,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -2114,6 +2131,33 @@ class AdminService(object):
             '/xferd.v1.AdminService/SetLogLevel',
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.SetLogLevelRequest.SerializeToString,
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.SetLogLevelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Diagnose(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.AdminService/Diagnose',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseReport.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1593,7 +1593,23 @@ _AdminServiceSetLogLevelType = typing_extensions.TypeVar(
     ],
 )
 
-class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetConfigType, _AdminServiceListPoolsType, _AdminServiceListSessionsType, _AdminServiceListBackendsType, _AdminServiceListTransfersType, _AdminServiceListHoldsType, _AdminServiceEndSessionType, _AdminServiceDrainType, _AdminServiceSetLogLevelType]):
+_AdminServiceDiagnoseType = typing_extensions.TypeVar(
+    '_AdminServiceDiagnoseType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
+        xferd.api.proto.xferd_v1_pb2.DiagnoseReport,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
+        xferd.api.proto.xferd_v1_pb2.DiagnoseReport,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
+        xferd.api.proto.xferd_v1_pb2.DiagnoseReport,
+    ],
+)
+
+class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetConfigType, _AdminServiceListPoolsType, _AdminServiceListSessionsType, _AdminServiceListBackendsType, _AdminServiceListTransfersType, _AdminServiceListHoldsType, _AdminServiceEndSessionType, _AdminServiceDrainType, _AdminServiceSetLogLevelType, _AdminServiceDiagnoseType]):
     """---------------------------------------------------------------------------------------------- admin
 
     What an operator sees and does. Answers are the same documents that the REST face gives as JSON.
@@ -1641,6 +1657,10 @@ class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetC
             xferd.api.proto.xferd_v1_pb2.SetLogLevelRequest,
             xferd.api.proto.xferd_v1_pb2.SetLogLevelResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
+            xferd.api.proto.xferd_v1_pb2.DiagnoseReport,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -1685,6 +1705,10 @@ class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetC
             xferd.api.proto.xferd_v1_pb2.SetLogLevelRequest,
             xferd.api.proto.xferd_v1_pb2.SetLogLevelResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
+            xferd.api.proto.xferd_v1_pb2.DiagnoseReport,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Status: _AdminServiceStatusType
@@ -1709,6 +1733,9 @@ class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetC
     """
 
     SetLogLevel: _AdminServiceSetLogLevelType
+
+    Diagnose: _AdminServiceDiagnoseType
+    """Looks at the daemon's surroundings now: configuration, limits, store, ports, files, peers. May take seconds."""
 
 AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -1750,6 +1777,10 @@ AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.SetLogLevelRequest,
         xferd.api.proto.xferd_v1_pb2.SetLogLevelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
+        xferd.api.proto.xferd_v1_pb2.DiagnoseReport,
     ],
 ]
 
@@ -1831,5 +1862,13 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         request: xferd.api.proto.xferd_v1_pb2.SetLogLevelRequest,
         context: _ServicerContext,
     ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.SetLogLevelResponse, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.SetLogLevelResponse]]: ...
+
+    @abc.abstractmethod
+    def Diagnose(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.DiagnoseReport, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.DiagnoseReport]]:
+        """Looks at the daemon's surroundings now: configuration, limits, store, ports, files, peers. May take seconds."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

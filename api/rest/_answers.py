@@ -97,6 +97,13 @@ class HoldList:
 
 
 @dataclass(frozen=True, slots=True)
+class DiagnoseReport:
+    """What was looked at, what was found, and what to do about it."""
+
+    checks: tuple[t.Check, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Written:
     """How many bytes are in place."""
 

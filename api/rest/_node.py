@@ -72,6 +72,11 @@ async def list_holds(call: Call[None, None]) -> a.HoldList:
     return a.HoldList(tuple(call.engine.holds()))
 
 
+async def diagnose(call: Call[None, None]) -> a.DiagnoseReport:
+    """Look at the daemon's surroundings now: what is wrong, and what to do. May take seconds."""
+    return a.DiagnoseReport(tuple(await call.engine.diagnose()))
+
+
 async def list_peers(call: Call[None, None]) -> a.PeerList:
     """List the nodes that this one knows, itself left out: with a central store those that it deals with."""
     return a.PeerList(tuple(call.engine.peers()))

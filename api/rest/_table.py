@@ -58,6 +58,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/pools", node.list_pools, EITHER, Answer(a.PoolList)),
     Route("GET", "/v1/backends", node.list_backends, EITHER, Answer(a.BackendList)),
     Route("GET", "/v1/holds", node.list_holds, ADMIN, Answer(a.HoldList)),
+    Route("GET", "/v1/doctor", node.diagnose, ADMIN, Answer(a.DiagnoseReport)),
     Route("POST", "/v1/drain", node.drain, ADMIN, Answer(a.Drained), body=b.DrainBody, optional_body=True),
     Route("DELETE", "/v1/drain", node.undrain, ADMIN, NOTHING, errors=(e.InvalidState,)),
     Route("GET", "/v1/log-level", node.get_log_level, ADMIN, Answer(a.LogLevel)),

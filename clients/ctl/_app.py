@@ -15,6 +15,7 @@ import typer
 
 from xferd.api.errors import XferdError
 from xferd.clients.ctl import _format
+from xferd.clients.ctl._doctor import doctor
 from xferd.clients.ctl._link import Settings, is_unreachable
 from xferd.clients.ctl._output import Output
 from xferd.clients.ctl._verbs_lists import (
@@ -22,6 +23,7 @@ from xferd.clients.ctl._verbs_lists import (
     backends,
     end_session,
     holds,
+    nodes,
     peers,
     pools,
     regions,
@@ -50,6 +52,7 @@ app = typer.Typer(
 _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Node": {
         "status": status,
+        "doctor": doctor,
         "config": config,
         "log-level": log_level,
         "drain": drain,
@@ -61,6 +64,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "sessions": sessions,
         "agents": agents,
         "peers": peers,
+        "nodes": nodes,
         "regions": regions,
         "backends": backends,
         "transfers": transfers,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 GRPC_SOCKET = "grpc.sock"
 PROBE_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 30.0
 _UNIX = "unix:"
 
 
@@ -34,8 +35,8 @@ class Settings:
     output: Output
 
 
-def admin(settings: Settings) -> AdminConnection:
-    """Return a connection for operator's verbs.
+def admin(settings: Settings, *, timeout_s: float = CALL_TIMEOUT_S) -> AdminConnection:
+    """Return a connection for operator's verbs; ``timeout_s`` is of one call, beyond what it waits for on purpose.
 
     Raises:
         Unavailable: nobody listens at the Unix socket; ``__cause__`` has the system's error.
@@ -45,7 +46,7 @@ def admin(settings: Settings) -> AdminConnection:
     target = settings.grpc
     if not target and settings.socket is not None:
         target = f"unix:{settings.socket.absolute().with_name(GRPC_SOCKET)}"
-    connection = AdminConnection(target, token=settings.token)
+    connection = AdminConnection(target, token=settings.token, timeout_s=timeout_s)
     if connection.target.startswith(_UNIX):
         try:
             _probe(connection.target.removeprefix(_UNIX))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from xferd.api.types import RegionSource, TransferState
+from xferd.api.types import CheckState, RegionSource, TransferState
 from xferd.clients.ctl import _format as f
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ STYLES = {
     "POSTED": "cyan",
 }
 """Colour of a cell that is exactly such a word."""
+
+MARKS = {CheckState.OK: ("ok", "green"), CheckState.WARN: ("warn", "yellow"), CheckState.FAIL: ("FAIL", "bold red")}
+"""How a check's state is shown: in words too, for pipes and for those who do not see colours."""
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -166,6 +169,40 @@ def peers(infos: Iterable[t.PeerInfo], now: float) -> Table:
             for peer in infos
         ),
     )
+
+
+def nodes(infos: Iterable[t.NodeInfo]) -> Table:
+    """Return the records of nodes; a node that was not reached yet is known by name and address only."""
+    columns = ("NODE", "VERSION", "SINCE", "ADDRESS", "BACKENDS", ">AGENTS", "STATE")
+    return table(
+        columns,
+        (
+            (
+                node.name,
+                node.version or "-",
+                f.moment(node.started_at),
+                ", ".join(node.addresses) or "-",
+                ", ".join(node.backends) or "-",
+                str(len(node.agents)),
+                "not reached" if not node.epoch else "DRAINING" if node.draining else "",
+            )
+            for node in infos
+        ),
+    )
+
+
+def checks(found: Iterable[t.Check]) -> Table:
+    """Return what a look at the surroundings found, with what to do below each finding that is not OK."""
+    made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    made.add_column(no_wrap=True)
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    for check in found:
+        mark, style = MARKS[check.state]
+        made.add_row(Text(mark, style), f.printable(check.name), f.printable(check.finding))
+        if check.remedy:
+            made.add_row("", "", Text(f"> {f.printable(check.remedy)}", "bold"))
+    return made
 
 
 def peer_line(peer: t.PeerInfo) -> str:

@@ -66,6 +66,14 @@ def peers(
     _show(settings, "peers", infos, lambda: _tables.peers(infos, time.time()))
 
 
+def nodes(ctx: typer.Context) -> None:
+    """List all nodes of the store, this one too."""
+    settings: Settings = ctx.obj
+    with attach(settings) as client:
+        infos = client.nodes()
+    _show(settings, "nodes", infos, lambda: _tables.nodes(infos))
+
+
 def regions(
     ctx: typer.Context,
     node: Annotated[str, typer.Option(metavar="NAME", help="Ask this node instead.")] = "",

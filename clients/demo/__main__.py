@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import XferdError
+from xferd.clients.demo.etcd import EtcdMissing
 from xferd.clients.demo.model import ModelMissing
 from xferd.clients.demo.report import Screen
 from xferd.clients.demo.show import DemoFailed, Options, run
@@ -31,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     screen = Screen(quiet=args.json_only)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        same = run(Options(args.prompt, args.tokens, args.block_tokens, args.keep), screen)
-    except (DemoFailed, ModelMissing, WorkerFailed, XferdError) as exc:
+        same = run(Options(args.prompt, args.tokens, args.block_tokens, args.keep, args.etcd), screen)
+    except (DemoFailed, EtcdMissing, ModelMissing, WorkerFailed, XferdError) as exc:
         screen.failure(str(exc))
         return EXIT_DIFFERENT
     except KeyboardInterrupt:
@@ -59,8 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of one block of the cache (default %(default)s)",
     )
+    parser.add_argument(
+        "--etcd", action="store_true", help="start a real etcd; the nodes find each other there, by name"
+    )
     parser.add_argument("--json-only", action="store_true", help="print nothing but the last line")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the daemons' logs and the KV file to DIR")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the logs and the KV file to DIR")
     return parser
 
 

@@ -47,7 +47,7 @@ HEADINGS = Row("", "blocks", "bytes", "ms", "GB/s", "route")
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The last line: the fields and no others, in this order."""
+    """The last line: the fields and no others, in this order; a field that is None is left out."""
 
     tokens_equal: bool
     logits_equal: bool
@@ -57,10 +57,12 @@ class Summary:
     file_ms: float
     ttft_transfer_ms: float
     ttft_recompute_ms: float
+    lookup_ms: float | None = None
 
     def to_json(self) -> str:
         """Return the line."""
-        values = {name: getattr(self, name) for name in self.__slots__}
+        every = {name: getattr(self, name) for name in self.__slots__}
+        values = {name: value for name, value in every.items() if value is not None}
         return json.dumps({name: round(value, 3) if type(value) is float else value for name, value in values.items()})
 
 

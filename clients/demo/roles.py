@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from xferd.api.types import Notification, TransferStatus
+    from xferd.api.types import NodeInfo, Notification, TransferStatus
     from xferd.clients.demo.checks import Generation
     from xferd.clients.demo.paging import BlockTable, FloatArray, Geometry
     from xferd.clients.sync import PreparedList
@@ -58,6 +58,14 @@ class Decoded:
     leg: Leg
     ttft_s: float
     gather_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A node's record, and how long its daemon's client waited for it."""
+
+    node: NodeInfo
+    wall_s: float
 
 
 class _Role:
@@ -114,6 +122,12 @@ class _Attached(_Role):
         """Open a session and allocate the cache."""
         self._client = self._stack.enter_context(Client.connect(session_socket, self.agent))
         self._cache = PagedCache(self._client, geometry, access=self.access, label=f"{self.agent} kv")
+
+    def find(self, node: str) -> Found:
+        """Ask the daemon for another node by its name."""
+        started = time.perf_counter()
+        info = self._client.node(node)
+        return Found(info, time.perf_counter() - started)
 
     def _next_notification(self) -> Notification:
         received = self._client.notifications(NOTIFICATION_TIMEOUT_S, limit=1)

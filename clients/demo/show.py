@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from xferd.api.errors import XferdError
 from xferd.clients.demo.checks import compare
+from xferd.clients.demo.etcd import EtcdProcess, require_etcd
 from xferd.clients.demo.model import NAME, ModelShape, require_packages
 from xferd.clients.demo.paging import Geometry
 from xferd.clients.demo.report import Row, Screen, Summary, time_row, transfer_row
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from xferd.clients.demo.checks import Generation
-    from xferd.clients.demo.roles import Leg
+    from xferd.clients.demo.roles import Found, Leg
 
 PROMPT = Path(__file__).with_name("prompt.txt")
 POOL = "1GiB"
@@ -42,6 +43,7 @@ class Options:
     new_tokens: int = 32
     block_tokens: int = 16
     keep: Path | None = None
+    etcd: bool = False
 
 
 class DemoFailed(Exception):
@@ -58,6 +60,7 @@ class Stage:
     reference: Worker
     prefill: Worker
     decode: Worker
+    etcd: EtcdProcess | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,14 @@ class Script:
     tokens: list[int]
     geometry: Geometry
     answer: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Node a as node b found it in etcd, and as it knows it once the two have dealt with each other."""
+
+    first: Found
+    again: Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +91,7 @@ class Played:
     recompute_s: float
     stored: Leg
     second: Decoded
+    lookup: Lookup | None
 
 
 def run(options: Options, screen: Screen) -> bool:
@@ -87,18 +99,22 @@ def run(options: Options, screen: Screen) -> bool:
 
     Raises:
         DemoFailed: the options make no sense.
-        WorkerFailed, XferdError, ModelMissing: something broke.
+        WorkerFailed, XferdError: something broke.
+        ModelMissing, EtcdMissing: something is not installed.
     """
     require_packages()
+    if options.etcd:
+        require_etcd()
     prompt = _prompt(options)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="xferd-demo-", ignore_cleanup_errors=True)))
+        etcd = _start_etcd(stack, folder, screen) if options.etcd else None
         nodes = stack.enter_context(Nodes())
         if options.keep is not None:
             stack.callback(_keep, options.keep, nodes.root, folder)
-        stack.enter_context(_logs_on_failure(screen, nodes.root))
+        stack.enter_context(_logs_on_failure(screen, nodes.root, folder))
         with screen.step(f"unpacking {NAME} and starting two daemons"):
-            stage = _start(stack, nodes, folder)
+            stage = _start(stack, nodes, folder, etcd)
         with screen.step("reading the prompt and writing the answer in one process, for reference"):
             script = _rehearse(stage, prompt, options)
         with screen.step("loading the model into the prefill and the decode process"):
@@ -117,17 +133,28 @@ def _prompt(options: Options) -> str:
         raise DemoFailed(f"the prompt cannot be read: {exc}") from exc
 
 
-def _start(stack: ExitStack, nodes: Nodes, folder: Path) -> Stage:
-    """Start everything. The workers import their libraries while the first of them unpacks the model."""
+def _start_etcd(stack: ExitStack, folder: Path, screen: Screen) -> EtcdProcess:
+    """Start etcd before the daemons, which then end before it does, and can take their records away."""
+    with screen.step("starting etcd"):
+        return stack.enter_context(EtcdProcess(folder))
+
+
+def _start(stack: ExitStack, nodes: Nodes, folder: Path, etcd: EtcdProcess | None) -> Stage:
+    """Start everything else. The workers import their libraries while the first of them unpacks the model.
+
+    With etcd, no daemon is told of the other: they have but the endpoint.
+    """
     reference, prefill, decode = (
         stack.enter_context(Worker(role.__name__.lower(), role)) for role in (Reference, Prefill, Decode)
     )
     reference.begin("convert", folder)
     settings = [f'files.roots=["{folder.resolve()}"]', f'pools=[{{name="host", nbytes="{POOL}"}}]']
+    if etcd is not None:
+        settings += ["metadata.store=etcd", f'metadata.etcd.endpoints=["{etcd.endpoint}"]']
     a = nodes.start("a", settings=settings)
-    b = nodes.start("b", peers=[a], settings=settings)
+    b = nodes.start("b", peers=[] if etcd else [a], settings=settings)
     reference.result()
-    return Stage(a, b, folder, reference, prefill, decode)
+    return Stage(a, b, folder, reference, prefill, decode, etcd)
 
 
 def _rehearse(stage: Stage, prompt: str, options: Options) -> Script:
@@ -156,6 +183,7 @@ def _play(stage: Stage, script: Script, count: int) -> Played:
     a, b = stage.prefill, stage.decode
     b.call("attach", stage.b.session_socket, script.geometry)
     a.call("attach", stage.a.session_socket, script.geometry)
+    found: Found | None = b.call("find", stage.a.name) if stage.etcd else None
     a.call("offer", DECODE_ADDRESS)
     meet_s: float = b.call("meet")
 
@@ -164,13 +192,14 @@ def _play(stage: Stage, script: Script, count: int) -> Played:
     first: Decoded = b.result()
     a.call("confirm")
     again: list[Leg] = b.call("read_again", REPEATS)
+    lookup = Lookup(found, b.call("find", stage.a.name)) if found else None
     recompute_s = median(b.call("recompute", script.tokens, RECOMPUTES))
 
     path = stage.folder.resolve() / "conversation.kv"
     stored: Leg = a.call("store", path)
     b.begin("resume", count)
     a.call("point_to", path, DECODE_ADDRESS)
-    return Played(meet_s, prefilled, first, again, recompute_s, stored, b.result())
+    return Played(meet_s, prefilled, first, again, recompute_s, stored, b.result(), lookup)
 
 
 def _tell(screen: Screen, script: Script, played: Played) -> bool:
@@ -182,6 +211,7 @@ def _tell(screen: Screen, script: Script, played: Played) -> bool:
     screen.paragraph("Handed over through a file:", second.generation.text)
     again = sorted(played.again, key=lambda leg: leg.wall_s)
     rows: list[Row] = [
+        *_lookup_rows(screen, played.lookup),
         time_row("lists prepared, once for a pair of nodes", played.meet_s),
         time_row("prefill at a", played.prefilled.prefill_s),
         time_row("KV into blocks of the pool at a", played.prefilled.scatter_s),
@@ -211,20 +241,37 @@ def _tell(screen: Screen, script: Script, played: Played) -> bool:
             file_ms=second.leg.wall_s * 1e3,
             ttft_transfer_ms=first.ttft_s * 1e3,
             ttft_recompute_ms=played.recompute_s * 1e3,
+            lookup_ms=played.lookup.first.wall_s * 1e3 if played.lookup else None,
         )
     )
     return all(verdict.is_same for verdict in verdicts)
 
 
+def _lookup_rows(screen: Screen, lookup: Lookup | None) -> list[Row]:
+    """Show what was found in etcd; returns the table's lines of how long that took."""
+    if lookup is None:
+        return []
+    node, again = lookup.first.node, lookup.again.node
+    later = "the same" if again.epoch == node.epoch else f"epoch {again.epoch}"
+    screen.paragraph(
+        f"Node {node.name}, found by name in etcd by node b:",
+        f"{', '.join(node.addresses)}, epoch {node.epoch}; {later} after the hand-over",
+    )
+    return [
+        time_row(f"node {node.name} looked up in etcd", lookup.first.wall_s),
+        time_row("looked up again, from the copy that b keeps current", lookup.again.wall_s),
+    ]
+
+
 @contextmanager
-def _logs_on_failure(screen: Screen, folder: Path) -> Iterator[None]:
-    """Show how the daemons' logs end if something breaks; they are gone afterwards."""
+def _logs_on_failure(screen: Screen, *folders: Path) -> Iterator[None]:
+    """Show how the logs of daemons, and of etcd, end if something breaks; they are gone afterwards."""
     try:
         yield
     except (WorkerFailed, XferdError):
-        for log in sorted(folder.glob("*.log")):
+        for log in (log for folder in folders for log in sorted(folder.glob("*.log"))):
             lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-            screen.failure("\n  ".join([f"the log of daemon {log.stem} ends with", *lines]))
+            screen.failure("\n  ".join([f"the log of {log.stem} ends with", *lines]))
         raise
 
 

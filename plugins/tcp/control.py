@@ -218,8 +218,9 @@ class ControlLane:
         """Ping a silent peer, and give up one that stays silent."""
         loop, interval_s = asyncio.get_running_loop(), self._options.ping_interval
         while True:
-            due = loop.time() + interval_s
-            await asyncio.sleep(interval_s)
+            until_lost_s = self._heard_at + self._options.peer_timeout - loop.time()
+            due = loop.time() + min(interval_s, max(0.0, until_lost_s))
+            await asyncio.sleep(due - loop.time())
             now = loop.time()
             if now - due > interval_s:  # we stood still ourselves, and have not read what may be there
                 self._heard_at = now

@@ -34,7 +34,8 @@ class TcpOptions(Options):
     abort_grace: Seconds = Field(0.5, description="how long a cancelled chunk may go on before its lane is cut")
     quiesce_timeout: Seconds = Field(5.0, gt=0, description="how long a peer may take to confirm that a chunk rests")
     ping_interval: Seconds = Field(2.0, gt=0, description="a peer that is silent for so long is pinged")
-    peer_timeout: Seconds = Field(10.0, gt=0, description="a peer that is silent for so long is lost")
+    # Below the 10 s that a node's record in etcd lasts by default, so that whichever ends first, it is within those.
+    peer_timeout: Seconds = Field(8.0, gt=0, description="a peer that is silent for so long is lost")
     sndbuf: Nbytes = Field(0, description="SO_SNDBUF of data lanes; 0: the kernel's tuning")
     rcvbuf: Nbytes = Field(0, description="SO_RCVBUF of data lanes; 0: the kernel's tuning")
 

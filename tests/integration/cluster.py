@@ -38,13 +38,14 @@ def free_port() -> int:
 
 @dataclass
 class DaemonProcess:
-    """One running daemon and where it is reached."""
+    """One running daemon and where it is reached. ``prefix``: a command that becomes it, as ``ip netns exec`` does."""
 
     name: str
     run_dir: Path
     args: list[str]
     peer_port: int
     files: Path
+    prefix: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] = field(init=False)
 
     @property
@@ -71,7 +72,7 @@ class DaemonProcess:
             environ |= {"NOTIFY_SOCKET": str(notify_path), "PYTHONWARNINGS": "default"}
             with self.log_path.open("ab") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "xferd.daemon.cli", "serve", *self.args],
+                    [*self.prefix, sys.executable, "-m", "xferd.daemon.cli", "serve", *self.args],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environ,
@@ -171,6 +172,7 @@ class Cluster:
         peers: tuple[DaemonProcess, ...] = (),
         tcp: bool = True,
         settings: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
         start: bool = True,
     ) -> DaemonProcess:
         """Start a daemon; ``peers`` are those that it knows from its configuration."""
@@ -184,7 +186,7 @@ class Cluster:
             known = ", ".join(f'{{name="{p.name}", address="tcp://127.0.0.1:{p.peer_port}"}}' for p in peers)
             wanted.append(f"metadata.embedded.peers=[{known}]")
         args = [part for setting in (*wanted, *settings) for part in ("--set", setting)]
-        daemon = DaemonProcess(name, self.root / name, args, port, files)
+        daemon = DaemonProcess(name, self.root / name, args, port, files, prefix)
         if start:
             daemon.start()
             self.daemons.append(daemon)

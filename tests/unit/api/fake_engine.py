@@ -87,6 +87,7 @@ class FakeEngine:
         live_reason: what ``liveness`` returns.
         labels: blobs by (node, label), as a store that keeps some; None is a store that keeps none.
         degraded_reason: what ``degraded`` returns.
+        checks: what ``diagnose`` returns.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class FakeEngine:
         self.live_reason = ""
         self.labels: dict[tuple[str, str], bytes] | None = None
         self.degraded_reason = ""
+        self.checks = [t.Check("etcd", t.CheckState.OK, "not used: the store is embedded", "")]
         self.draining = False
         self.level = "info"
         self._errors: dict[str, list[BaseException]] = {}
@@ -685,6 +687,10 @@ class FakeEngine:
             t.HoldInfo("region", str(held.info.id), held.owner, "allocated", self._started_at, 0.0)
             for held in self._regions.values()
         ]
+
+    async def diagnose(self) -> list[t.Check]:
+        await self._enter("diagnose")
+        return list(self.checks)
 
     def metrics(self) -> bytes:
         self._hit("metrics")

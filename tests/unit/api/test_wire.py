@@ -108,6 +108,7 @@ ROUND_TRIPS = {
     ),
     "backend": st.builds(t.BackendInfo, names, st.lists(names).map(tuple), u64, u64, u64, u32, u32),
     "hold": st.builds(t.HoldInfo, names, names, names, names, seconds, seconds),
+    "check": st.builds(t.Check, names, st.sampled_from(t.CheckState), names, names),
 }
 
 
@@ -333,6 +334,7 @@ def test_every_enumeration_value_of_the_proto_file_is_known() -> None:
         "TransferState": wire.state_from_wire,
         "Priority": wire.priority_from_wire,
         "PeerState": wire.peer_state_from_wire,
+        "CheckState": wire.check_state_from_wire,
     }
     for name, descriptor in pb.DESCRIPTOR.enum_types_by_name.items():
         for value in descriptor.values:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 VERBS = (
     *(
         "status",
+        "doctor",
         "config",
         "log-level",
         "drain",
@@ -30,6 +31,7 @@ VERBS = (
         "sessions",
         "agents",
         "peers",
+        "nodes",
         "regions",
     ),
     *("backends", "transfers", "holds", "end-session", "cp", "explain", "estimate"),
