@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import settings
 
@@ -10,3 +11,7 @@ from hypothesis import settings
 settings.register_profile("developer", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "developer")
+
+# A shell that starts us in the background has SIGINT ignored, and children inherit that: tests that press Ctrl-C on a
+# process would find it deaf.
+signal.signal(signal.SIGINT, signal.default_int_handler)
