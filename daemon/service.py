@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from xferd.api.errors import InvalidState, NotFound, PermissionDenied, Unavailable
+from xferd.api.errors import InvalidState, PermissionDenied, Unavailable
 from xferd.api.types import (
     BackendInfo,
     HoldInfo,
@@ -23,6 +23,7 @@ from xferd.api.types import (
 )
 from xferd.daemon.memory.regions import LocalActor
 from xferd.daemon.peers.labels import fetch_blob
+from xferd.daemon.sessions.caller import session_of
 from xferd.metadata.blob import decode_blob, encode_blob
 
 if TYPE_CHECKING:
@@ -187,10 +188,10 @@ class Service:
 
     async def prepare(self, caller: t.Caller, descriptors: DescriptorList) -> t.PreparedInfo:
         self._check_open()
-        return await self._lists.prepare(_session(caller), descriptors, self._clock())
+        return await self._lists.prepare(session_of(caller), descriptors, self._clock())
 
     async def release_prepared(self, caller: t.Caller, handles: Sequence[t.PreparedHandle]) -> None:
-        self._lists.release(_session(caller), handles)
+        self._lists.release(session_of(caller), handles)
 
     async def submit(self, caller: t.Caller, request: t.TransferRequest) -> t.TransferStatus:
         self._check_open()
@@ -232,7 +233,7 @@ class Service:
         await self.deliver(Notification(notification.target, notification.payload, source, notification.transfer))
 
     async def notifications(self, caller: t.Caller, limit: int, timeout_s: float) -> list[Notification]:
-        _session(caller)
+        session_of(caller)
         return await self._inboxes.take(caller.agent, limit, timeout_s)
 
     async def deliver(self, notification: Notification) -> None:
@@ -411,9 +412,3 @@ class Service:
             raise Unavailable(
                 f"node {self._me().name} takes no new work: {self._refusal}", remedy="use another node, or wait"
             )
-
-
-def _session(caller: t.Caller) -> t.SessionId:
-    if caller.session is None:
-        raise NotFound("an operator has no session", remedy="open a session and send its token")
-    return caller.session

@@ -4,8 +4,7 @@ A table is a numpy array of shape (n, 2), u64: it *is* an array of ``struct iove
 the interpreter while a call succeeds in full. Only where a call stops short (a page border of a dying process, a
 full socket buffer) is the table advanced by the bytes that moved. See ``process_vm_readv(2)``, ``readv(2)``.
 
-Measured on two cores: 1024 blocks of 4 KiB between two processes in 0.7 ms; a Python loop of slices takes 20 times
-as long.
+Measured on two cores: 1024 blocks of 4 KiB between two processes in 0.7 ms.
 """
 
 from __future__ import annotations

@@ -22,13 +22,13 @@ from xferd.api.errors import (
     Overloaded,
     PeerLost,
     PermissionDenied,
-    Unauthenticated,
     XferdError,
 )
 from xferd.api.types import ENDED, Access, TransferId, TransferOp, TransferState
 from xferd.daemon.engine.lists import LARGE_ROWS
 from xferd.daemon.engine.machine import Transfer
 from xferd.daemon.memory.regions import LocalActor
+from xferd.daemon.sessions.caller import session_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -97,7 +97,7 @@ class TransferDesk:
 
     async def submit(self, caller: Caller, request: TransferRequest) -> TransferStatus:
         """Create a transfer and, unless ``hold``, post it."""
-        session = _session(caller)
+        session = session_of(caller)
         digest = b""
         if request.key:
             digest = _digest(request)
@@ -164,14 +164,16 @@ class TransferDesk:
 
     async def watch(self, caller: Caller, ids: Sequence[TransferId]) -> AsyncIterator[TransferStatus]:
         """Yield transfers as they end, those that had ended first."""
-        session = _session(caller)
+        session = session_of(caller)
         wanted = {transfer_id: self.owned(caller, transfer_id) for transfer_id in ids}
         queue = self._runner.watch(session)
+        # Looked at in this very step: one that ends from here on comes by the queue, and by nothing else.
+        mine = wanted.values() if ids else self._by_session.get(session, {}).values()
+        over = [transfer for transfer in mine if transfer.state in ENDED]
         try:
-            for transfer in list(wanted.values() if wanted else self._by_session.get(session, {}).values()):
-                if transfer.state in ENDED:
-                    wanted.pop(transfer.id, None)
-                    yield transfer.status()
+            for transfer in over:
+                wanted.pop(transfer.id, None)
+                yield transfer.status()
             while wanted or not ids:
                 transfer = await queue.get()
                 if not ids or wanted.pop(transfer.id, None) is not None:
@@ -369,12 +371,6 @@ class TransferDesk:
 
     def _unkeep_plan(self, transfer_id: TransferId) -> None:
         self._kept_nbytes -= self._kept_plans.pop(transfer_id, 0)
-
-
-def _session(caller: Caller) -> SessionId:
-    if caller.session is None:
-        raise Unauthenticated("transfers belong to a session", remedy="open a session and send its token")
-    return caller.session
 
 
 def _holder(transfer: Transfer) -> str:

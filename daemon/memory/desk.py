@@ -19,7 +19,6 @@ from xferd.api.errors import (
     NoRoute,
     NotFound,
     ShortTransfer,
-    Unauthenticated,
     Unsupported,
 )
 from xferd.api.types import RegionListing, RegionSource
@@ -33,6 +32,7 @@ from xferd.daemon.memory.backing import (
     open_private,
 )
 from xferd.daemon.memory.regions import LocalActor
+from xferd.daemon.sessions.caller import session_of
 from xferd.plugins.base import Chunk, Extent, MappedSpace
 from xferd.plugins.vectored import iov_of
 
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from xferd.plugins.base import Backend
 
 STREAM_NBYTES = 1 << 20
-"""Bytes of one message of a streaming read: a third of a millisecond of copying, well under any message limit."""
+"""Bytes of one message of a streaming read: well under any message limit, and a short copy."""
 
 
 class MemoryDesk:
@@ -110,7 +110,7 @@ class MemoryDesk:
 
     async def allocate(self, caller: Caller, request: AllocateRequest) -> RegionListing:
         """Allocate a group, all or none."""
-        session = _session(caller)
+        session = session_of(caller)
         if not request.nbytes or min(request.nbytes) <= 0:
             raise InvalidArgument(
                 f"sizes {list(request.nbytes[:4])}", limit="one or more sizes, each at least 1", remedy="name sizes"
@@ -139,7 +139,7 @@ class MemoryDesk:
 
     async def register_private(self, caller: Caller, request: RegisterPrivateRequest) -> RegionInfo:
         """Register memory of the caller's process."""
-        process = self._processes.get(_session(caller))
+        process = self._processes.get(session_of(caller))
         if process is None:
             raise Unsupported(
                 f"session of agent {caller.agent} has no process that the kernel vouches for",
@@ -151,7 +151,7 @@ class MemoryDesk:
 
     async def register_file(self, caller: Caller, request: RegisterFileRequest) -> RegionInfo:
         """Register a file under a configured root."""
-        _session(caller)
+        session_of(caller)
         opened = await asyncio.to_thread(self._roots.open_path, request)
         backing = FileBacking(opened.fd, opened.path, RegionSource.PATH, opened.nbytes)
         return self._add(caller, backing, opened.nbytes, request.access, request.label, writable=request.writable)
@@ -159,7 +159,7 @@ class MemoryDesk:
     async def register_memfd(self, caller: Caller, fd: int, nbytes: int, access: Access, label: str) -> RegionInfo:
         """Register a client's memfd. Owns ``fd`` from the call on, also when it fails."""
         try:
-            _session(caller)
+            session_of(caller)
             backing = open_memfd(fd, nbytes)
         finally:
             os.close(fd)
@@ -170,7 +170,7 @@ class MemoryDesk:
     ) -> RegionInfo:
         """Register an open file. Owns ``fd`` from the call on, also when it fails."""
         try:
-            _session(caller)
+            session_of(caller)
             backing = open_passed_fd(fd, nbytes, writable=writable)
         except BaseException:
             os.close(fd)
@@ -179,7 +179,7 @@ class MemoryDesk:
 
     async def free(self, caller: Caller, regions: Sequence[RegionId]) -> None:
         """Free regions of the caller, all or none."""
-        await self._close(self._regions.remove(_session(caller), regions))
+        await self._close(self._regions.remove(session_of(caller), regions))
 
     def pool_fd(self, pool: str) -> tuple[PoolInfo, int]:
         """Return a pool and its memfd, which stays the pool's."""
@@ -232,7 +232,7 @@ class MemoryDesk:
     ) -> RegionInfo:
         try:
             return self._regions.add(
-                _session(caller), caller.agent, backing, nbytes, access=access, label=label, writable=writable
+                session_of(caller), caller.agent, backing, nbytes, access=access, label=label, writable=writable
             )
         except BaseException:
             backing.close()
@@ -263,7 +263,7 @@ class _Holding:
     def __init__(self, regions: RegionTable, caller: Caller, region: RegionId, reason: str, *, write: bool) -> None:
         self._regions = regions
         self._holder = f"stream {id(self):x} of agent {caller.agent}"
-        self._args = ([region], self._holder, reason, LocalActor(_session(caller)))
+        self._args = ([region], self._holder, reason, LocalActor(session_of(caller)))
         self._write = write
 
     def __enter__(self) -> None:
@@ -271,9 +271,3 @@ class _Holding:
 
     def __exit__(self, *_: object) -> None:
         self._regions.release(self._holder)
-
-
-def _session(caller: Caller) -> SessionId:
-    if caller.session is None:
-        raise Unauthenticated("memory belongs to a session", remedy="open a session and send its token")
-    return caller.session
