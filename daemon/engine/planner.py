@@ -13,7 +13,7 @@ from xferd.api.descriptors import coalesce, cut_points, pair
 from xferd.api.errors import NoRoute
 from xferd.api.types import Estimate, Explanation, Hop
 from xferd.daemon.engine.plan import Leg, Plan, Route
-from xferd.plugins.base import Extent, MappedSpace, RemoteSpace, SpaceKind
+from xferd.plugins.base import Extent, MappedSpace, RemoteSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -124,7 +124,7 @@ class Planner:
                 continue
             is_direct = True
             yield self._direct(name, backend, source, target, nbytes, pieces)
-        if is_direct or SpaceKind.MAPPED in (source.kind, target.kind):
+        if is_direct:
             return
         # No backend reaches both ends: go through staging memory of ours, which every backend can reach.
         staging = MappedSpace()

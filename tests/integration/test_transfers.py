@@ -240,6 +240,9 @@ def test_access_rights_are_kept_on_the_node_and_across(clients, pair) -> None:
     b.read(theirs, DescriptorList.from_columns(readable.id, [0], [4096], node="a"))
     with pytest.raises(PermissionDenied):
         b.write(theirs, DescriptorList.from_columns(readable.id, [0], [4096], node="a"))
+    # Seen before anything is sent: `explain` moves nothing, so the other node is not asked to refuse.
+    with pytest.raises(PermissionDenied, match="does not grant WRITE"):
+        b.explain("WRITE", theirs, DescriptorList.from_columns(readable.id, [0], [4096], node="a"))
     with pytest.raises((PermissionDenied, NotFound)):
         b.read(theirs, DescriptorList.from_columns(secret.id, [0], [4096], node="a"))
 
