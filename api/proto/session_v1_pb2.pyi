@@ -29,6 +29,7 @@ class SessionSocketRequest(google.protobuf.message.Message):
     MAP_POOL_FIELD_NUMBER: builtins.int
     REGISTER_MEMFD_FIELD_NUMBER: builtins.int
     REGISTER_FD_FIELD_NUMBER: builtins.int
+    OPEN_RING_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """answered in the same order, and named in the answer"""
     @property
@@ -43,6 +44,8 @@ class SessionSocketRequest(google.protobuf.message.Message):
     def register_fd(self) -> Global___RegisterFd:
         """one fd: a regular file"""
 
+    @property
+    def open_ring(self) -> Global___OpenRing: ...
     def __init__(
         self,
         *,
@@ -51,10 +54,11 @@ class SessionSocketRequest(google.protobuf.message.Message):
         map_pool: Global___MapPool | None = ...,
         register_memfd: Global___RegisterMemfd | None = ...,
         register_fd: Global___RegisterFd | None = ...,
+        open_ring: Global___OpenRing | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["hello", b"hello", "map_pool", b"map_pool", "register_fd", b"register_fd", "register_memfd", b"register_memfd", "request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["hello", b"hello", "map_pool", b"map_pool", "register_fd", b"register_fd", "register_memfd", b"register_memfd", "request", b"request", "request_id", b"request_id"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["hello", "map_pool", "register_memfd", "register_fd"] | None: ...
+    def HasField(self, field_name: typing.Literal["hello", b"hello", "map_pool", b"map_pool", "open_ring", b"open_ring", "register_fd", b"register_fd", "register_memfd", b"register_memfd", "request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hello", b"hello", "map_pool", b"map_pool", "open_ring", b"open_ring", "register_fd", b"register_fd", "register_memfd", b"register_memfd", "request", b"request", "request_id", b"request_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["hello", "map_pool", "register_memfd", "register_fd", "open_ring"] | None: ...
 
 Global___SessionSocketRequest: typing_extensions.TypeAlias = SessionSocketRequest
 
@@ -142,6 +146,86 @@ class RegisterFd(google.protobuf.message.Message):
 Global___RegisterFd: typing_extensions.TypeAlias = RegisterFd
 
 @typing.final
+class OpenRing(google.protobuf.message.Message):
+    """Asks for a ring in shared memory, one a session; docs/ring.md has its layout. The sizes' limits are the daemon's."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    SQ_ENTRIES_FIELD_NUMBER: builtins.int
+    CQ_ENTRIES_FIELD_NUMBER: builtins.int
+    DETAIL_NBYTES_FIELD_NUMBER: builtins.int
+    ARENA_NBYTES_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    """1"""
+    sq_entries: builtins.int
+    """powers of two"""
+    cq_entries: builtins.int
+    detail_nbytes: builtins.int
+    """a multiple of 64"""
+    arena_nbytes: builtins.int
+    """a multiple of 4096"""
+    def __init__(
+        self,
+        *,
+        version: builtins.int = ...,
+        sq_entries: builtins.int = ...,
+        cq_entries: builtins.int = ...,
+        detail_nbytes: builtins.int = ...,
+        arena_nbytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arena_nbytes", b"arena_nbytes", "cq_entries", b"cq_entries", "detail_nbytes", b"detail_nbytes", "sq_entries", b"sq_entries", "version", b"version"]) -> None: ...
+
+Global___OpenRing: typing_extensions.TypeAlias = OpenRing
+
+@typing.final
+class RingGrant(google.protobuf.message.Message):
+    """Three fds: the ring's memfd, the eventfd that the client writes to after submissions, and the eventfd that the daemon
+    writes to after completions.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NBYTES_FIELD_NUMBER: builtins.int
+    nbytes: builtins.int
+    def __init__(
+        self,
+        *,
+        nbytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["nbytes", b"nbytes"]) -> None: ...
+
+Global___RingGrant: typing_extensions.TypeAlias = RingGrant
+
+@typing.final
+class RingOptions(google.protobuf.message.Message):
+    """What a SUBMIT on the ring may say beyond its fixed fields; it stands in the arena."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    CAUSE_ID_FIELD_NUMBER: builtins.int
+    BACKEND_FIELD_NUMBER: builtins.int
+    NOTIFICATION_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    cause_id: builtins.str
+    backend: builtins.str
+    @property
+    def notification(self) -> xferd.api.proto.xferd_v1_pb2.Notification: ...
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        cause_id: builtins.str = ...,
+        backend: builtins.str = ...,
+        notification: xferd.api.proto.xferd_v1_pb2.Notification | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["notification", b"notification"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "key", b"key", "notification", b"notification"]) -> None: ...
+
+Global___RingOptions: typing_extensions.TypeAlias = RingOptions
+
+@typing.final
 class SessionSocketReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -151,6 +235,7 @@ class SessionSocketReply(google.protobuf.message.Message):
     POOL_FIELD_NUMBER: builtins.int
     REGION_FIELD_NUMBER: builtins.int
     CLOSING_FIELD_NUMBER: builtins.int
+    RING_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """0: an event, not an answer"""
     closing: builtins.str
@@ -165,6 +250,10 @@ class SessionSocketReply(google.protobuf.message.Message):
 
     @property
     def region(self) -> xferd.api.proto.xferd_v1_pb2.Region: ...
+    @property
+    def ring(self) -> Global___RingGrant:
+        """three fds"""
+
     def __init__(
         self,
         *,
@@ -174,9 +263,10 @@ class SessionSocketReply(google.protobuf.message.Message):
         pool: xferd.api.proto.xferd_v1_pb2.PoolInfo | None = ...,
         region: xferd.api.proto.xferd_v1_pb2.Region | None = ...,
         closing: builtins.str = ...,
+        ring: Global___RingGrant | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["closing", b"closing", "error", b"error", "grant", b"grant", "pool", b"pool", "region", b"region", "reply", b"reply"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["closing", b"closing", "error", b"error", "grant", b"grant", "pool", b"pool", "region", b"region", "reply", b"reply", "request_id", b"request_id"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["reply", b"reply"]) -> typing.Literal["error", "grant", "pool", "region", "closing"] | None: ...
+    def HasField(self, field_name: typing.Literal["closing", b"closing", "error", b"error", "grant", b"grant", "pool", b"pool", "region", b"region", "reply", b"reply", "ring", b"ring"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["closing", b"closing", "error", b"error", "grant", b"grant", "pool", b"pool", "region", b"region", "reply", b"reply", "request_id", b"request_id", "ring", b"ring"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["reply", b"reply"]) -> typing.Literal["error", "grant", "pool", "region", "closing", "ring"] | None: ...
 
 Global___SessionSocketReply: typing_extensions.TypeAlias = SessionSocketReply

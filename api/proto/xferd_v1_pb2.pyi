@@ -685,6 +685,40 @@ class WriteRegionResponse(google.protobuf.message.Message):
 Global___WriteRegionResponse: typing_extensions.TypeAlias = WriteRegionResponse
 
 @typing.final
+class HandOverRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: builtins.int
+    TO_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
+    CAUSE_ID_FIELD_NUMBER: builtins.int
+    to: builtins.str
+    """agent of this node that has a session"""
+    payload: builtins.bytes
+    """of the notification; any bytes"""
+    access: Global___Access.ValueType
+    """What others than the new owner may do from now on, the giver among them; not set: what the region granted before."""
+    cause_id: builtins.str
+    """appears in the log; empty: the daemon makes one"""
+    @property
+    def region(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        region: collections.abc.Iterable[builtins.int] | None = ...,
+        to: builtins.str = ...,
+        payload: builtins.bytes = ...,
+        access: Global___Access.ValueType | None = ...,
+        cause_id: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_access", b"_access", "access", b"access"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_access", b"_access", "access", b"access", "cause_id", b"cause_id", "payload", b"payload", "region", b"region", "to", b"to"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_access", b"_access"]) -> typing.Literal["access"] | None: ...
+
+Global___HandOverRequest: typing_extensions.TypeAlias = HandOverRequest
+
+@typing.final
 class DescriptorList(google.protobuf.message.Message):
     """---------------------------------------------------------------------------------------------- descriptors
 
@@ -893,6 +927,7 @@ class Notification(google.protobuf.message.Message):
     TARGET_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     TRANSFER_ID_FIELD_NUMBER: builtins.int
+    REGION_FIELD_NUMBER: builtins.int
     source: builtins.str
     """agent@node"""
     target: builtins.str
@@ -901,6 +936,10 @@ class Notification(google.protobuf.message.Message):
     """any bytes"""
     transfer_id: builtins.str
     """set when it was bound to a transfer"""
+    @property
+    def region(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """set by HandOver: what the target owns from now on. Ignored in requests"""
+
     def __init__(
         self,
         *,
@@ -908,8 +947,9 @@ class Notification(google.protobuf.message.Message):
         target: builtins.str = ...,
         payload: builtins.bytes = ...,
         transfer_id: builtins.str = ...,
+        region: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["payload", b"payload", "source", b"source", "target", b"target", "transfer_id", b"transfer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["payload", b"payload", "region", b"region", "source", b"source", "target", b"target", "transfer_id", b"transfer_id"]) -> None: ...
 
 Global___Notification: typing_extensions.TypeAlias = Notification
 

@@ -205,6 +205,11 @@ class MemoryServiceStub(object):
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WriteRegionRequest.SerializeToString,
                 response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WriteRegionResponse.FromString,
                 _registered_method=True)
+        self.HandOver = channel.unary_unary(
+                '/xferd.v1.MemoryService/HandOver',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.HandOverRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.FromString,
+                _registered_method=True)
 
 
 class MemoryServiceServicer(object):
@@ -270,6 +275,14 @@ class MemoryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HandOver(self, request, context):
+        """Gives regions of the calling session (an operator: of any) to another agent of this node, all of them or none, and
+        copies nothing: they keep ids and bytes, and end with their new owner. It learns of them by a notification.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -312,6 +325,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.Write,
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WriteRegionRequest.FromString,
                     response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WriteRegionResponse.SerializeToString,
+            ),
+            'HandOver': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandOver,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.HandOverRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -532,6 +550,33 @@ class MemoryService(object):
             '/xferd.v1.MemoryService/Write',
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WriteRegionRequest.SerializeToString,
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.WriteRegionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HandOver(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/HandOver',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.HandOverRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.FromString,
             options,
             channel_credentials,
             insecure,

@@ -272,7 +272,23 @@ _MemoryServiceWriteType = typing_extensions.TypeVar(
     ],
 )
 
-class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServiceRegisterPrivateType, _MemoryServiceRegisterFileType, _MemoryServiceFreeType, _MemoryServiceListRegionsType, _MemoryServiceListPoolsType, _MemoryServiceReadType, _MemoryServiceWriteType]):
+_MemoryServiceHandOverType = typing_extensions.TypeVar(
+    '_MemoryServiceHandOverType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.HandOverRequest,
+        xferd.api.proto.xferd_v1_pb2.RegionList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.HandOverRequest,
+        xferd.api.proto.xferd_v1_pb2.RegionList,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.HandOverRequest,
+        xferd.api.proto.xferd_v1_pb2.RegionList,
+    ],
+)
+
+class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServiceRegisterPrivateType, _MemoryServiceRegisterFileType, _MemoryServiceFreeType, _MemoryServiceListRegionsType, _MemoryServiceListPoolsType, _MemoryServiceReadType, _MemoryServiceWriteType, _MemoryServiceHandOverType]):
     """---------------------------------------------------------------------------------------------- memory"""
 
     @typing.overload
@@ -308,6 +324,10 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
         grpc.StreamUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.WriteRegionRequest,
             xferd.api.proto.xferd_v1_pb2.WriteRegionResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.HandOverRequest,
+            xferd.api.proto.xferd_v1_pb2.RegionList,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -345,6 +365,10 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
             xferd.api.proto.xferd_v1_pb2.WriteRegionRequest,
             xferd.api.proto.xferd_v1_pb2.WriteRegionResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.HandOverRequest,
+            xferd.api.proto.xferd_v1_pb2.RegionList,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Allocate: _MemoryServiceAllocateType
@@ -374,6 +398,11 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
 
     Write: _MemoryServiceWriteType
     """Writes spans of regions in the order of the stream. Answers when all bytes are in place."""
+
+    HandOver: _MemoryServiceHandOverType
+    """Gives regions of the calling session (an operator: of any) to another agent of this node, all of them or none, and
+    copies nothing: they keep ids and bytes, and end with their new owner. It learns of them by a notification.
+    """
 
 MemoryServiceAsyncStub: typing_extensions.TypeAlias = MemoryServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -407,6 +436,10 @@ MemoryServiceAsyncStub: typing_extensions.TypeAlias = MemoryServiceStub[
     grpc.aio.StreamUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.WriteRegionRequest,
         xferd.api.proto.xferd_v1_pb2.WriteRegionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.HandOverRequest,
+        xferd.api.proto.xferd_v1_pb2.RegionList,
     ],
 ]
 
@@ -480,6 +513,16 @@ class MemoryServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.WriteRegionResponse, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.WriteRegionResponse]]:
         """Writes spans of regions in the order of the stream. Answers when all bytes are in place."""
+
+    @abc.abstractmethod
+    def HandOver(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.HandOverRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.RegionList, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.RegionList]]:
+        """Gives regions of the calling session (an operator: of any) to another agent of this node, all of them or none, and
+        copies nothing: they keep ids and bytes, and end with their new owner. It learns of them by a notification.
+        """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 
