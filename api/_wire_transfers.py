@@ -55,11 +55,23 @@ def notification_to_message(notification: t.Notification) -> pb.Notification:
         target=notification.target,
         payload=notification.payload,
         transfer_id=notification.transfer,
+        region=notification.regions,
     )
 
 
 def notification_from_message(message: pb.Notification) -> t.Notification:
     """Return the record. ``source`` is what the sender claims; whoever delivers it must fill in what it knows."""
+    return t.Notification(
+        target=message.target,
+        payload=message.payload,
+        source=message.source,
+        transfer=message.transfer_id,
+        regions=tuple(map(t.RegionId, message.region)),
+    )
+
+
+def notification_asked_for(message: pb.Notification) -> t.Notification:
+    """Return what a client or another node may ask to have delivered: without what only a hand-over fills in."""
     return t.Notification(
         target=message.target, payload=message.payload, source=message.source, transfer=message.transfer_id
     )
@@ -79,6 +91,7 @@ def transfer_request_to_message(request: t.TransferRequest, *, wait_s: float = 0
         notification=None if request.notification is None else notification_to_message(request.notification),
         backend=request.backend,
         hold=request.hold,
+        verify=request.verify,
         wait_s=wait_s,
     )
 
@@ -99,9 +112,10 @@ def transfer_request_from_message(message: pb.SubmitRequest, max_descriptors: in
         timeout_s=check_seconds("timeout_s", message.timeout_s),
         priority=priority_from_wire(message.priority),
         cause_id=message.cause_id,
-        notification=notification_from_message(message.notification) if message.HasField("notification") else None,
+        notification=notification_asked_for(message.notification) if message.HasField("notification") else None,
         backend=message.backend,
         hold=message.hold,
+        verify=message.verify,
     )
 
 

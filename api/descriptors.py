@@ -328,8 +328,10 @@ def cut_points(left_nbytes: Column, right_nbytes: Column, *, chunk_nbytes: int, 
     Raises:
         LimitExceeded: more than ``MAX_CHUNKS`` chunks.
     """
+    total = exact_sum(left_nbytes)
+    if total <= chunk_nbytes and max(len(left_nbytes), len(right_nbytes)) <= max_pieces:
+        return [0, total]
     left_ends, right_ends = np.cumsum(left_nbytes), np.cumsum(right_nbytes)
-    total = int(left_ends[-1])
     if total // chunk_nbytes >= MAX_CHUNKS:
         raise LimitExceeded(
             f"{total} bytes in chunks of {chunk_nbytes}",
@@ -397,5 +399,9 @@ def _broadcast(name: str, column: Column, count: int) -> Column:
 
 def exact_sum(nbytes: Column) -> int:
     """Return the sum of a column, exact also where it passes 2**64."""
+    if len(nbytes) == 1:
+        return int(nbytes[0])
+    if len(nbytes) and int(nbytes.max()) * len(nbytes) < 1 << 64:
+        return int(nbytes.sum())
     low, high = nbytes & np.uint64(0xFFFF_FFFF), nbytes >> np.uint64(32)
     return int(low.sum()) + (int(high.sum()) << 32)

@@ -94,10 +94,49 @@ class Memory(Protocol):
         """
 
     async def free(self, caller: t.Caller, regions: Sequence[t.RegionId]) -> None:
-        """Free regions of the caller, all or none.
+        """Free regions of the caller, all or none. An operator frees persistent ones whose agent has no session.
 
         Raises:
             Busy: a transfer moves bytes of one of them; the message names it.
+        """
+
+    async def register_object(self, caller: t.Caller, request: t.RegisterObjectRequest) -> t.RegionInfo:
+        """Register an object of a configured store, at its present version.
+
+        Raises:
+            NotFound: no such store, or no such object and ``create`` is not set.
+            OutOfBounds: the object is smaller than ``nbytes``, and is not registered to be written.
+            PermissionDenied, Unauthenticated: the store refuses, or is configured to be read only.
+            Unsupported: no backend has stores.
+        """
+
+    async def query(self, caller: t.Caller, items: Sequence[t.QueryItem]) -> list[t.QueryResult]:
+        """Say of files and objects whether they exist, how large and how old they are, in order.
+
+        What goes wrong with one item is told in its result, and the others are told all the same.
+        """
+
+    async def delete_objects(self, caller: t.Caller, store: str, keys: Sequence[str]) -> None:
+        """Delete objects of a store; those that are not there are fine. Where it raises, some may be gone."""
+
+    async def list_objects(self, caller: t.Caller, query: t.ObjectQuery) -> t.ObjectPage:
+        """List objects of a store, a page at a time.
+
+        Raises:
+            LimitExceeded: a page of more than 1000.
+        """
+
+    async def hand_over(self, caller: t.Caller, request: t.HandOverRequest) -> t.RegionListing:
+        """Give regions of the caller (an operator: of any session) to another agent of this node, all or none.
+
+        Ids and bytes stay; no byte is copied. The new owner is told by a notification, in the same step.
+
+        Raises:
+            AgentUnknown: the agent has no session here.
+            Busy: a transfer moves bytes of one of them; the message names it.
+            Overloaded: the agent's inbox is full.
+            Unsupported: private memory of a process, or an agent of another node.
+            PermissionDenied: another session's region.
         """
 
     async def regions(self, caller: t.Caller, query: t.RegionQuery) -> t.RegionListing:
@@ -257,8 +296,22 @@ class Admin(Protocol):
     def backends(self) -> list[t.BackendInfo]:
         """List the configured backends."""
 
+    def routes(self) -> list[t.RouteCost]:
+        """List what the planner has learned of routes: by peer, pair of places and size class."""
+
     def holds(self) -> list[t.HoldInfo]:
         """List everything held: by whom, why, until when."""
+
+    def storage(self) -> list[t.StorageInfo]:
+        """Describe the storage pools: their directories, and how much of them is proven."""
+
+    async def scrub_storage(self, pool: str) -> t.StorageInfo:
+        """Read all sealed blocks of a storage pool now, at its rate; damage is counted in what is returned.
+
+        Raises:
+            NotFound: no storage pool has the name.
+            MoveFailed, ShortTransfer: it cannot be read.
+        """
 
     async def diagnose(self) -> list[t.Check]:
         """Look at the daemon's surroundings and say what is wrong and what to do; changes nothing. Takes seconds."""

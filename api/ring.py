@@ -5,6 +5,10 @@ and an arena that the client fills. Entries are little-endian structs whose last
 over the life of the ring and written last: an entry is there once its number is the one that is waited for. So neither
 side reads a tail index of the other, and what is half written is never taken for an entry.
 
+Wake-ups go through two pipes, one each way, a byte or more at a time; what is read from them means nothing. Pipes and
+not eventfds, because both ends of an eventfd share one file description: a client could clear O_NONBLOCK on it and
+fill its counter, and the daemon's next write would stop the event loop. A pipe's two ends are two descriptions.
+
 Nothing here waits or performs system calls; ``daemon/rings/`` and ``clients/_ring.py`` do.
 """
 
@@ -47,7 +51,7 @@ count (LISTEN); ``b`` is the remote list's handle."""
 COMPLETION: Final = struct.Struct("<QQBBHIQQddddddIIIIIIQ")
 """user_data, transfer, kind, state, flags, detail nbytes, total nbytes, moved nbytes; created, posted, first byte and
 ended at (UNIX seconds), queued, moving (seconds); descriptors, pieces, chunks, posts, route, 0; number. 120 bytes, in
-slots of 128. ``transfer`` is the id, in text 16 hexadecimal digits; ``state`` is that of the proto's ``TransferState``."""
+slots of 128. ``transfer`` is the id, in text 16 hexadecimal digits; ``state`` is the number of a ``TransferState``."""
 
 SUBMISSION_NBYTES: Final = 64
 COMPLETION_NBYTES: Final = 128
@@ -78,10 +82,10 @@ class Opcode(enum.IntEnum):
 
 
 class SubmissionFlag(enum.IntFlag):
-    """Flags of SUBMIT."""
+    """Flags of SUBMIT, and the second one of POST."""
 
     HOLD = 1  # create it only; the one completion is ACCEPTED
-    TELL_ACCEPTED = 2  # one more completion, before the last one, with the transfer's id
+    TELL_ACCEPTED = 2  # one more completion before the last one; a POST that ends at once tells of its end only
 
 
 class Kind(enum.IntEnum):

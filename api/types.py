@@ -39,6 +39,7 @@ class RegionSource(enum.Enum):
     PRIVATE = "PRIVATE"
     PATH = "PATH"
     FD = "FD"
+    OBJECT = "OBJECT"
 
 
 class Access(enum.Flag):
@@ -174,7 +175,11 @@ class SessionInfo:
 
 @dataclass(frozen=True, slots=True)
 class PoolInfo:
-    """Statistics of one pool. ``fragmentation`` is 1 - largest free extent / free bytes, 0 when none is free."""
+    """Statistics of one pool. ``fragmentation`` is 1 - largest free extent / free bytes, 0 when none is free.
+
+    ``huge_nbytes`` is what lies in pages of 2 MiB as far as the daemon saw to it, and ``huge_refusal`` why the kernel
+    makes no such pages, or "".
+    """
 
     name: str
     kind: MemoryKind
@@ -187,6 +192,8 @@ class PoolInfo:
     peak_used_nbytes: int
     failed_allocations: int
     mappable: bool
+    huge_nbytes: int = 0
+    huge_refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +214,7 @@ class RegionInfo:
     pool: str = ""
     pool_offset: int = 0
     path: str = ""
+    persistent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,12 +228,17 @@ class RegionListing:
 
 @dataclass(frozen=True, slots=True)
 class AllocateRequest:
-    """A group of regions from one pool, all or none. Sizes are rounded up to 4096 bytes."""
+    """A group of regions from one pool, all or none. Sizes are rounded up to 4096 bytes.
+
+    ``persistent`` regions (of storage pools only) belong to the agent rather than to its session: they outlive both the
+    session and the daemon, and the agent's next session has them.
+    """
 
     nbytes: tuple[int, ...]
     pool: str = ""
     access: Access = Access.NONE
     label: str = ""
+    persistent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +262,81 @@ class RegisterFileRequest:
     create: bool = False
     access: Access = Access.NONE
     label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterObjectRequest:
+    """An object of a configured store; ``nbytes`` 0 is its present size, ``create`` needs ``writable`` and a size."""
+
+    store: str
+    key: str
+    nbytes: int = 0
+    writable: bool = False
+    create: bool = False
+    access: Access = Access.NONE
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryItem:
+    """What to look at: a file by ``path``, or else an object by ``store`` and ``key``."""
+
+    path: str = ""
+    store: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryResult:
+    """What was found of one item; ``modified_at`` is UNIX time. ``error`` says why it could not be told, else None."""
+
+    exists: bool
+    nbytes: int = 0
+    modified_at: float = 0.0
+    etag: str = ""
+    error: XferdError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectQuery:
+    """Which objects of a store to list: keys that begin with ``prefix`` and come after ``after``; ``limit`` 0: 1000."""
+
+    store: str
+    prefix: str = ""
+    after: str = ""
+    limit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectEntry:
+    """An object of a listing."""
+
+    key: str
+    nbytes: int
+    modified_at: float
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPage:
+    """A page of a listing, in key order. ``next`` is the ``after`` of the next page, "" where this is the last."""
+
+    objects: tuple[ObjectEntry, ...]
+    next: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverRequest:
+    """Regions for another agent of the same node, which is told of them by a notification with ``payload``.
+
+    ``access`` is what others than the new owner may do from now on, the giver among them; None leaves it as it is.
+    """
+
+    regions: tuple[RegionId, ...]
+    to: str
+    payload: bytes = b""
+    access: Access | None = None
+    cause_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,17 +365,24 @@ class PreparedInfo:
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """Bytes for an agent. Addresses are ``agent@node``; ``transfer`` is "" when it was sent on its own."""
+    """Bytes for an agent. Addresses are ``agent@node``; ``transfer`` is "" when it was sent on its own.
+
+    ``regions`` are those that the source has handed over with it; only the daemon of the target fills it in.
+    """
 
     target: str
     payload: bytes
     source: str = ""
     transfer: str = ""
+    regions: tuple[RegionId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TransferRequest:
-    """What to move, and how. ``timeout_s`` 0.0 takes the daemon's default; it counts from posting."""
+    """What to move, and how. ``timeout_s`` 0.0 takes the daemon's default; it counts from posting.
+
+    ``verify`` has what is read from storage pools compared with its checksums before DONE is told.
+    """
 
     op: TransferOp
     local: ListSpec
@@ -299,6 +394,7 @@ class TransferRequest:
     notification: Notification | None = None
     backend: str = ""
     hold: bool = False
+    verify: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,6 +538,29 @@ class BackendInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteCost:
+    """What was learned of a route between two kinds of place with one peer ("": this node), in one size class.
+
+    ``factor`` is what moves took over what the backends assume, faded by its age. A route whose ``retry_in_s`` is above
+    0.0 failed lately and is tried last. Without measurements sizes and ``bytes_per_s`` are 0.
+    """
+
+    route: str
+    source: str
+    target: str
+    peer: str
+    min_nbytes: int
+    max_nbytes: int
+    bytes_per_s: float
+    factor: float
+    measurements: int
+    age_s: float
+    failures: int
+    retry_in_s: float
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True)
 class HoldInfo:
     """Something held, by whom, why, since when, until when (0.0: until the owner goes)."""
 
@@ -461,3 +580,57 @@ class Check:
     state: CheckState
     finding: str
     remedy: str
+
+
+# ------------------------------------------------------------------------------------------- storage pools
+
+
+@dataclass(frozen=True, slots=True)
+class StorageDirectoryInfo:
+    """One directory of a storage pool, and what the start found in it.
+
+    ``failure`` says why nothing more can be written down, "" where all is well; ``torn_nbytes`` were cut off the
+    journal, of what was never acknowledged; ``unsealed_extents`` had bytes that no transfer had proven.
+    """
+
+    path: str
+    uuid: str
+    weight: float
+    nbytes: int
+    used_nbytes: int
+    slabs: int
+    extents: int
+    journal_nbytes: int
+    journal_batches: int
+    failure: str
+    was_clean: bool
+    torn_nbytes: int
+    recovered_extents: int
+    unsealed_extents: int
+
+
+@dataclass(frozen=True, slots=True)
+class StorageInfo:
+    """What a storage pool has beyond ``PoolInfo``. Totals count from the daemon's start, UNIX times 0.0: never.
+
+    ``sealed_nbytes`` of ``extents_nbytes`` are proven: on the disk since a transfer that was DONE, with a checksum
+    unless ``checksum`` is "off". ``damaged_blocks`` were found not to be what was sealed, and not written since.
+    """
+
+    pool: str
+    checksum: str
+    verify: bool
+    block_nbytes: int
+    extents: int
+    persistent_extents: int
+    extents_nbytes: int
+    sealed_nbytes: int
+    damaged_blocks: int
+    sealed_total_nbytes: int
+    verified_total_nbytes: int
+    mismatches: int
+    scrub_bytes_per_s: int
+    scrub_passes: int
+    scrubbed_total_nbytes: int
+    scrub_pass_ended_at: float
+    directories: tuple[StorageDirectoryInfo, ...]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from xferd.api import types as t
 from xferd.api import wire
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients._calls import Call
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 DIAGNOSE_WAIT_S = 10.0
 
@@ -59,6 +63,35 @@ def backends() -> Call[list[t.BackendInfo]]:
         return [wire.backend_from_message(message) for message in reply.backends]
 
     return Call("AdminService.ListBackends", pb.ListBackendsRequest(), parse, is_admin=True)
+
+
+def storage() -> Call[list[t.StorageInfo]]:
+    """Describe the storage pools."""
+
+    def parse(reply: pb.StorageReport) -> list[t.StorageInfo]:
+        return [wire.storage_from_message(message) for message in reply.pools]
+
+    return Call("AdminService.GetStorage", pb.GetStorageRequest(), parse, is_admin=True)
+
+
+def scrub_storage(pool: str, wait_s: float) -> Call[t.StorageInfo]:
+    """Read all of a storage pool again."""
+    request = pb.ScrubStorageRequest(pool=pool)
+    return Call("AdminService.ScrubStorage", request, wire.storage_from_message, wait_s=wait_s, is_admin=True)
+
+
+def free(regions: Iterable[t.RegionId]) -> Call[None]:
+    """Free persistent regions whose agent has no session."""
+    return Call("MemoryService.Free", pb.FreeRequest(region=regions), lambda _reply: None, is_admin=True)
+
+
+def routes() -> Call[list[t.RouteCost]]:
+    """List what was learned of routes."""
+
+    def parse(reply: pb.RouteList) -> list[t.RouteCost]:
+        return [wire.route_cost_from_message(message) for message in reply.routes]
+
+    return Call("AdminService.ListRoutes", pb.ListRoutesRequest(), parse, is_admin=True)
 
 
 def transfers(active_only: bool, agent: str) -> Call[list[t.TransferStatus]]:

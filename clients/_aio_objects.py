@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from xferd.api import types as t
     from xferd.clients._aio_link import AsyncLink
+    from xferd.clients._ring_tracks import Track
 
 
 class AsyncRegion(RegionBase):
@@ -78,6 +79,8 @@ class AsyncPreparedList(PreparedBase):
         """Let the daemon forget the list; transfers that use it are not disturbed. Twice is fine."""
         if not self._is_released:
             await self._client._call(calls.release_prepared([self.handle]))
+            if self._client._ring is not None:
+                self._client._ring.forget_list(self.handle)
             self._is_released = True
 
     async def __aenter__(self) -> Self:
@@ -94,9 +97,13 @@ class AsyncTransfer(TransferBase):
     A cancelled wait leaves the transfer going on.
     """
 
-    def __init__(self, client: AsyncLink, status: t.TransferStatus) -> None:
-        super().__init__(status)
+    def __init__(self, client: AsyncLink, told: t.TransferStatus | Track) -> None:
+        super().__init__(told)
         self._client = client
+
+    def _glance(self) -> None:
+        if self._client._ring is not None:
+            self._client._ring.glance()
 
     def __await__(self) -> Generator[Any, None, t.TransferStatus]:
         """Wait as ``wait`` does without a timeout."""
@@ -111,27 +118,38 @@ class AsyncTransfer(TransferBase):
             DeadlineExceeded: ``timeout_s`` are over and it still runs (``is_ended`` is False), or its own deadline
                 has failed it (``is_ended`` is True).
         """
-        [self.status] = await self._client._wait([self.id], timeout_s, any_of=False)
-        return check_in_time(self.status, timeout_s)
+        [status] = await self._client._wait([self], timeout_s, any_of=False)
+        return check_in_time(status, timeout_s)
 
     async def poll(self) -> t.TransferStatus:
-        """Ask for the status; a failure is told, not raised."""
-        [self.status] = await self._client._call(calls.poll([self.id]))
-        return self.status
+        """Return the status; a failure is told, not raised. Asks the daemon unless its end stands in the ring."""
+        status = await self._client._glance_at(self)
+        if status is None:
+            [self.status] = await self._client._call(calls.poll([self.id]))
+            status = self.status
+        return status
 
     async def post(self, *, wait_s: float = 0.0) -> t.TransferStatus:
-        """Post it if it was held, or again if it has ended; ``wait_s`` waits for its end in the same call."""
-        self.status = await self._client._call(calls.post(self.id, wait_s))
-        return self.status
+        """Post it if it was held, or again if it has ended; ``wait_s`` waits for its end in the same call.
+
+        Raises:
+            InvalidState: it is under way.
+        """
+        ring = self._client._ring
+        if ring is not None and ring.is_usable:
+            track = await ring.post(self, wait_s)
+            if track is not None:
+                return track.status if wait_s <= 0 else await self._client._whole(track)
+        return await self._client._post_by_call(self, wait_s)
 
     async def cancel(self) -> t.TransferStatus:
         """Cancel; no byte moves any more when this returns. One that had ended keeps its state."""
-        [self.status] = await self._client._call(calls.cancel([self.id]))
-        return self.status
+        [status] = await self._client._cancel([self])
+        return status
 
     async def release(self) -> None:
         """Let the daemon forget it, cancelling it first if it runs."""
-        await self._client._call(calls.release([self.id]))
+        await self._client._release([self])
 
     async def __aenter__(self) -> Self:
         return self

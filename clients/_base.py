@@ -109,10 +109,10 @@ class ClientBase:
         pool = self._pools.get(info.pool) if info.node == self.grant.node else None
         return None if pool is None else pool_view(info, pool, self.grant.agent)
 
-    def _forget_regions(self, regions: Iterable[RegionBase]) -> None:
+    def _forget_regions(self, regions: Iterable[RegionBase], fate: str = "freed") -> None:
         for region in regions:
             self._kept.pop(region.id, None)
-            region._forget()
+            region._forget(fate)
 
 
 def opened(event: pb.SessionEvent) -> pb.SessionGrant:

@@ -110,10 +110,12 @@ def pools() -> Call[list[t.PoolInfo]]:
     return Call("MemoryService.ListPools", pb.ListPoolsRequest(), parse)
 
 
-def allocate(nbytes: int | Sequence[int], pool: str, access: t.Access, label: str) -> Call[t.RegionListing]:
+def allocate(
+    nbytes: int | Sequence[int], pool: str, access: t.Access, label: str, persistent: bool = False
+) -> Call[t.RegionListing]:
     """Allocate one region, or a group."""
     sizes = (int(nbytes),) if isinstance(nbytes, SupportsIndex) else tuple(int(size) for size in nbytes)
-    request = t.AllocateRequest(sizes, pool, access, label)
+    request = t.AllocateRequest(sizes, pool, access, label, persistent)
     return Call("MemoryService.Allocate", wire.allocate_to_message(request), wire.listing_from_message)
 
 
@@ -130,6 +132,36 @@ def register_file(request: t.RegisterFileRequest) -> Call[t.RegionInfo]:
 def free(regions: Iterable[t.RegionId]) -> Call[None]:
     """Free regions, all or none."""
     return Call("MemoryService.Free", pb.FreeRequest(region=regions), _nothing)
+
+
+def register_object(request: t.RegisterObjectRequest) -> Call[t.RegionInfo]:
+    """Register an object of a store."""
+    return Call("MemoryService.RegisterObject", wire.register_object_to_message(request), wire.region_from_message)
+
+
+def query(items: Iterable[t.QueryItem]) -> Call[list[t.QueryResult]]:
+    """Ask about files and objects."""
+
+    def parse(reply: pb.QueryResponse) -> list[t.QueryResult]:
+        return [wire.query_result_from_message(result) for result in reply.result]
+
+    return Call("MemoryService.Query", pb.QueryRequest(item=map(wire.query_item_to_message, items)), parse)
+
+
+def delete_objects(store: str, keys: Iterable[str]) -> Call[None]:
+    """Delete objects of a store."""
+    return Call("MemoryService.DeleteObjects", pb.DeleteObjectsRequest(store=store, key=keys), _nothing)
+
+
+def list_objects(request: t.ObjectQuery) -> Call[t.ObjectPage]:
+    """List a page of a store's objects."""
+    return Call("MemoryService.ListObjects", wire.object_query_to_message(request), wire.object_page_from_message)
+
+
+def hand_over(request: t.HandOverRequest, *, is_admin: bool = False) -> Call[t.RegionListing]:
+    """Give regions to another agent."""
+    message = wire.hand_over_to_message(request)
+    return Call("MemoryService.HandOver", message, wire.listing_from_message, is_admin=is_admin)
 
 
 def regions(query: t.RegionQuery) -> Call[t.RegionListing]:

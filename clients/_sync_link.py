@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 
 from xferd.api import types as t
 from xferd.api import wire
-from xferd.api.errors import ShortTransfer, Unsupported, XferdError
+from xferd.api.errors import DeadlineExceeded, ShortTransfer, Unavailable, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
 from xferd.clients._base import (
@@ -25,21 +26,25 @@ from xferd.clients._base import (
 )
 from xferd.clients._calls import Call, Methods, bearer, channel_options, wait_slices
 from xferd.clients._errors import error_of
+from xferd.clients._ring_base import SPIN_US, RingChoice, granted, needs_poll, refused, ring_request
 from xferd.clients._session_socket import SessionSocket, close_all, ended, find_place, hello, map_pool, mapped_pool
+from xferd.clients._sync_ring import SyncRing
 from xferd.clients.memory import ByteArray, is_mappable
-from xferd.clients.transfers import are_over
+from xferd.clients.transfers import are_over, id_of, ids_of, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from xferd.api.proto.session_v1_pb2 import SessionSocketRequest
+    from xferd.clients._ring_tracks import Track
+    from xferd.clients.transfers import TransferBase, TransferLike
 
 R = TypeVar("R")
 
 
 class SyncLink(ClientBase):
-    """A session with its channel, and the socket or the stream that keeps it. Owns all three."""
+    """A session with its channel, the socket or the stream that keeps it, and the ring. Owns all of them."""
 
     def __init__(
         self,
@@ -49,15 +54,17 @@ class SyncLink(ClientBase):
         *,
         socket: SessionSocket | None = None,
         stream: Any = None,  # grpcio has no types
+        ring: SyncRing | None = None,
         admin_token: str = "",
         call_timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
-        """Take over a session: its channel, and the socket or the stream that keeps it."""
+        """Take over a session: its channel, the socket or the stream that keeps it, and its ring."""
         super().__init__(grant, target, admin_token=admin_token, call_timeout_s=call_timeout_s)
         self._channel = channel
         self._methods = Methods(channel)
         self._socket = socket
         self._session_stream = stream
+        self._ring = ring
         self._map_lock = threading.Lock()
 
     @classmethod
@@ -66,6 +73,8 @@ class SyncLink(ClientBase):
         path: str | Path | None = None,
         agent: str = "",
         *,
+        ring: RingChoice = None,
+        spin_us: float = SPIN_US,
         admin_token: str = "",
         timeout_s: float = CONNECT_TIMEOUT_S,
         call_timeout_s: float = CALL_TIMEOUT_S,
@@ -75,6 +84,9 @@ class SyncLink(ClientBase):
         Args:
             path: of the socket; None takes $XFERD_SOCKET, else that of the default run directory.
             agent: this client's name on the node; "" lets the daemon choose.
+            ring: whether prepared transfers go over a ring in shared memory. None: where that can be. True, or the
+                sizes of one: it has to be. False: all goes by gRPC.
+            spin_us: how long a thread that waits at the ring looks at it before it sleeps.
             admin_token: for ``admin``, where the daemon has one.
             timeout_s: for connecting.
             call_timeout_s: for each call, beyond what it waits for on purpose.
@@ -83,15 +95,20 @@ class SyncLink(ClientBase):
             Unavailable: no daemon answers there.
             AlreadyExists: the agent has a live session.
             PermissionDenied: this user may not attach.
+            Unsupported: ``ring`` asks for one, and there is none.
         """
         socket = SessionSocket(find_place(path), timeout_s)
+        opened_ring = None
         try:
             reply, fds = socket.exchange(hello(agent))
             close_all(fds)
             grant = wire.grant_from_message(reply.grant)
+            opened_ring = _open_ring(socket, grant, ring, spin_us)
             options = channel_options(grant.limits.max_message_nbytes)
             channel = grpc.insecure_channel(grant.grpc_target, options=options)
         except BaseException:
+            if opened_ring is not None:
+                opened_ring.close()
             socket.close(0.0)
             raise
         socket.timeout_s = call_timeout_s
@@ -100,6 +117,7 @@ class SyncLink(ClientBase):
             channel,
             grant.grpc_target,
             socket=socket,
+            ring=opened_ring,
             admin_token=admin_token,
             call_timeout_s=call_timeout_s,
         )
@@ -160,11 +178,18 @@ class SyncLink(ClientBase):
                 self._close_stream()
         finally:
             self._is_closed = True
+            if self._ring is not None:
+                self._ring.close()
             self._channel.close()
             if self._socket is not None:
                 self._socket.close(CLOSE_LINGER_S)
             self._pools.clear()
             self._kept.clear()
+
+    @property
+    def uses_ring(self) -> bool:
+        """Whether prepared transfers go over a ring now; one that the daemon has closed is not used any more."""
+        return self._ring is not None and self._ring.is_usable
 
     def __enter__(self) -> Self:
         return self
@@ -184,13 +209,108 @@ class SyncLink(ClientBase):
             raise self._explained(exc, call.is_admin) from exc
         return call.parse(reply)
 
-    def _wait(self, ids: Sequence[t.TransferId], timeout_s: float | None, *, any_of: bool) -> list[t.TransferStatus]:
+    def _wait(
+        self, transfers: Sequence[TransferLike], timeout_s: float | None, *, any_of: bool
+    ) -> list[t.TransferStatus]:
+        """Wait for transfers, tell their objects and return their statuses: over the ring if it tells all ends."""
+        ring = self._ring
+        tracks = None if ring is None else ring.tracks_to_wait(transfers)
+        if ring is not None and tracks:
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            if ring.wait(tracks, timeout_s, any_of=any_of):
+                return [self._whole(track) for track in tracks]
+            timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        statuses = self._wait_by_call(ids_of(transfers), timeout_s, any_of=any_of)
+        tell(transfers, statuses)
+        return statuses
+
+    def _whole(self, track: Track) -> t.TransferStatus:
+        """Return what the ring has told of a transfer, with what it had no room for."""
+        if needs_poll(track):
+            [track.status] = self._call(calls.poll([track.id]))
+        return track.status
+
+    def _wait_by_call(
+        self, ids: Sequence[t.TransferId], timeout_s: float | None, *, any_of: bool
+    ) -> list[t.TransferStatus]:
         statuses: list[t.TransferStatus] = []
         for wait_s in wait_slices(timeout_s):
             statuses = self._call(calls.wait(ids, wait_s, any_of=any_of))
             if are_over(statuses, any_of=any_of):
                 break
         return statuses
+
+    def _glance_at(self, transfer: TransferLike) -> t.TransferStatus | None:
+        """Return the status of a transfer whose end stands in the ring, or has been told by it."""
+        if self._ring is None or self._is_closed:
+            return None
+        tracks = self._ring.tracks_to_wait((transfer,))
+        if not tracks:
+            return None
+        self._ring.glance()
+        return self._whole(tracks[0]) if tracks[0].has_ended else None
+
+    def _post_by_call(self, transfer: TransferBase, wait_s: float) -> t.TransferStatus:
+        """Post by gRPC; if the ring was lost on the way, find out first whether the daemon has taken the post."""
+        is_doubtful = transfer._track is not None and not self.uses_ring
+        posts = transfer.telemetry.posts
+        transfer._untrack()
+        if is_doubtful:
+            [transfer.status] = self._call(calls.poll([transfer.id]))
+            if transfer.telemetry.posts > posts:
+                [status] = self._wait([transfer], wait_s, any_of=False)
+                return status
+        transfer.status = self._call(calls.post(transfer.id, wait_s))
+        return transfer.status
+
+    def _cancel(self, transfers: Sequence[TransferLike]) -> list[t.TransferStatus]:
+        """Cancel, tell the objects and return the statuses."""
+        ring = self._ring
+        tracks = None if ring is None or not ring.is_usable else ring.tracks_to_cancel(transfers)
+        if ring is not None and tracks and ring.cancel(tracks):
+            statuses = [self._whole(track) for track in tracks]
+        else:
+            statuses = self._call(calls.cancel(ids_of(transfers)))
+        tell(transfers, statuses)
+        return statuses
+
+    def _release(self, transfers: Iterable[TransferLike]) -> None:
+        wanted = list(transfers)
+        self._call(calls.release(id_of(transfer) for transfer in wanted))
+        if self._ring is not None:
+            self._ring.forget_transfers(wanted)
+
+    def _notifications(self, timeout_s: float, limit: int) -> list[t.Notification]:
+        """Take notifications by the ring, once all that had come before it listened are taken."""
+        ring = self._ring
+        assert ring is not None
+        deadline = time.monotonic() + timeout_s
+        wanted = limit or 100  # as the daemon reads it
+        if not ring.is_listening and ring.is_usable:
+            taken = self._call(calls.notifications(limit, 0.0))
+            if taken:
+                return taken
+            ring.listen()
+        while wanted > 0:
+            self._check_open()
+            taken, cut = ring.notifications(max(deadline - time.monotonic(), 0.0), wanted)
+            if cut is not None:
+                taken = self._call(calls.notifications(1, 0.0))
+                ring.forget_cut(cut)
+            if taken:
+                return taken
+            if not ring.is_usable:
+                break
+            if time.monotonic() >= deadline:
+                return []
+        return self._notifications_by_call(max(deadline - time.monotonic(), 0.0), limit)
+
+    def _notifications_by_call(self, timeout_s: float, limit: int) -> list[t.Notification]:
+        for wait_s in wait_slices(timeout_s):
+            taken = self._call(calls.notifications(limit, wait_s))
+            if taken:
+                return taken
+        return []
 
     def _stream(self, method: str, request: object) -> Iterator[Any]:
         """Yield the messages of a stream, which ends with the generator."""
@@ -272,3 +392,18 @@ class SyncLink(ClientBase):
             pass  # the daemon has gone, or has ended the session: what was wanted
         finally:
             self._session_stream.cancel()
+
+
+def _open_ring(socket: SessionSocket, grant: t.SessionGrant, choice: RingChoice, spin_us: float) -> SyncRing | None:
+    request = ring_request(choice)
+    if request is None:
+        return None
+    try:
+        return SyncRing(granted(*socket.exchange(request), grant), socket, spin_us=spin_us)
+    except (Unavailable, DeadlineExceeded):
+        raise  # not of the ring
+    except XferdError as exc:
+        error = refused(choice, exc)
+        if error is not None:
+            raise error from exc
+        return None

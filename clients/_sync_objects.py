@@ -10,6 +10,7 @@ from xferd.clients.transfers import PreparedBase, TransferBase, check_in_time
 
 if TYPE_CHECKING:
     from xferd.api import types as t
+    from xferd.clients._ring_tracks import Track
     from xferd.clients._sync_link import SyncLink
 
 
@@ -67,6 +68,8 @@ class PreparedList(PreparedBase):
         """Let the daemon forget the list; transfers that use it are not disturbed. Twice is fine."""
         if not self._is_released:
             self._client._call(calls.release_prepared([self.handle]))
+            if self._client._ring is not None:
+                self._client._ring.forget_list(self.handle)
             self._is_released = True
 
     def __enter__(self) -> Self:
@@ -80,9 +83,13 @@ class PreparedList(PreparedBase):
 class Transfer(TransferBase):
     """A transfer under way. A context manager that releases it, and thereby cancels what still runs."""
 
-    def __init__(self, client: SyncLink, status: t.TransferStatus) -> None:
-        super().__init__(status)
+    def __init__(self, client: SyncLink, told: t.TransferStatus | Track) -> None:
+        super().__init__(told)
         self._client = client
+
+    def _glance(self) -> None:
+        if self._client._ring is not None:
+            self._client._ring.glance()
 
     def wait(self, timeout_s: float | None = None) -> t.TransferStatus:
         """Wait for the end and return the status of a transfer that is DONE.
@@ -93,27 +100,38 @@ class Transfer(TransferBase):
             DeadlineExceeded: ``timeout_s`` are over and it still runs (``is_ended`` is False), or its own deadline
                 has failed it (``is_ended`` is True).
         """
-        [self.status] = self._client._wait([self.id], timeout_s, any_of=False)
-        return check_in_time(self.status, timeout_s)
+        [status] = self._client._wait([self], timeout_s, any_of=False)
+        return check_in_time(status, timeout_s)
 
     def poll(self) -> t.TransferStatus:
-        """Ask for the status; a failure is told, not raised."""
-        [self.status] = self._client._call(calls.poll([self.id]))
-        return self.status
+        """Return the status; a failure is told, not raised. Asks the daemon unless its end stands in the ring."""
+        status = self._client._glance_at(self)
+        if status is None:
+            [self.status] = self._client._call(calls.poll([self.id]))
+            status = self.status
+        return status
 
     def post(self, *, wait_s: float = 0.0) -> t.TransferStatus:
-        """Post it if it was held, or again if it has ended; ``wait_s`` waits for its end in the same call."""
-        self.status = self._client._call(calls.post(self.id, wait_s))
-        return self.status
+        """Post it if it was held, or again if it has ended; ``wait_s`` waits for its end in the same call.
+
+        Raises:
+            InvalidState: it is under way.
+        """
+        ring = self._client._ring
+        if ring is not None and ring.is_usable:
+            track = ring.post(self, wait_s)
+            if track is not None:
+                return track.status if wait_s <= 0 else self._client._whole(track)
+        return self._client._post_by_call(self, wait_s)
 
     def cancel(self) -> t.TransferStatus:
         """Cancel; no byte moves any more when this returns. One that had ended keeps its state."""
-        [self.status] = self._client._call(calls.cancel([self.id]))
-        return self.status
+        [status] = self._client._cancel([self])
+        return status
 
     def release(self) -> None:
         """Let the daemon forget it, cancelling it first if it runs."""
-        self._client._call(calls.release([self.id]))
+        self._client._release([self])
 
     def __enter__(self) -> Self:
         return self

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import grpc
 
+from xferd.api import types as t
 from xferd.clients import _admin_calls as calls
 from xferd.clients._admin_calls import DrainResult
-from xferd.clients._calls import Methods, bearer, channel_options
+from xferd.clients._calls import Methods, bearer, channel_options, hand_over
 from xferd.clients._errors import error_of
 from xferd.clients._session_socket import find_place
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Iterable
 
-    from xferd.api import types as t
     from xferd.clients._calls import Call
 
 __all__ = ["Admin", "AdminConnection", "AsyncAdmin", "DrainResult"]
@@ -63,6 +63,22 @@ class Admin:
         """Return the backends with what they moved."""
         return self._call(calls.backends())
 
+    def storage(self) -> list[t.StorageInfo]:
+        """Return the storage pools: their directories, how much is proven, what the scrubber found."""
+        return self._call(calls.storage())
+
+    def scrub_storage(self, pool: str, *, timeout_s: float = 3600.0) -> t.StorageInfo:
+        """Read all sealed blocks of a storage pool now, at its rate; returns when that is done."""
+        return self._call(calls.scrub_storage(pool, timeout_s))
+
+    def free(self, regions: Iterable[t.RegionId]) -> None:
+        """Free persistent regions whose agent has no session."""
+        self._call(calls.free(regions))
+
+    def routes(self) -> list[t.RouteCost]:
+        """Return what the planner has learned of routes, and which ones failed lately."""
+        return self._call(calls.routes())
+
     def transfers(self, *, active_only: bool = False, agent: str = "") -> list[t.TransferStatus]:
         """Return transfers of all sessions."""
         return self._call(calls.transfers(active_only, agent))
@@ -74,6 +90,13 @@ class Admin:
     def diagnose(self) -> list[t.Check]:
         """Look at the daemon's surroundings: what is wrong, and what to do. May take seconds."""
         return self._call(calls.diagnose())
+
+    def hand_over(
+        self, regions: Iterable[t.RegionId], to: str, payload: bytes = b"", *, access: t.Access | None = None
+    ) -> t.RegionListing:
+        """Give regions of any session to another agent; their owner is not asked."""
+        request = t.HandOverRequest(tuple(regions), to, bytes(payload), access)
+        return self._call(hand_over(request, is_admin=True))
 
     def end_session(self, session: t.SessionId) -> None:
         """End a session; returns when all it held is released."""
@@ -114,6 +137,22 @@ class AsyncAdmin:
         """Return the backends with what they moved."""
         return await self._call(calls.backends())
 
+    async def storage(self) -> list[t.StorageInfo]:
+        """Return the storage pools: their directories, how much is proven, what the scrubber found."""
+        return await self._call(calls.storage())
+
+    async def scrub_storage(self, pool: str, *, timeout_s: float = 3600.0) -> t.StorageInfo:
+        """Read all sealed blocks of a storage pool now, at its rate; returns when that is done."""
+        return await self._call(calls.scrub_storage(pool, timeout_s))
+
+    async def free(self, regions: Iterable[t.RegionId]) -> None:
+        """Free persistent regions whose agent has no session."""
+        await self._call(calls.free(regions))
+
+    async def routes(self) -> list[t.RouteCost]:
+        """Return what the planner has learned of routes, and which ones failed lately."""
+        return await self._call(calls.routes())
+
     async def transfers(self, *, active_only: bool = False, agent: str = "") -> list[t.TransferStatus]:
         """Return transfers of all sessions."""
         return await self._call(calls.transfers(active_only, agent))
@@ -125,6 +164,13 @@ class AsyncAdmin:
     async def diagnose(self) -> list[t.Check]:
         """Look at the daemon's surroundings: what is wrong, and what to do. May take seconds."""
         return await self._call(calls.diagnose())
+
+    async def hand_over(
+        self, regions: Iterable[t.RegionId], to: str, payload: bytes = b"", *, access: t.Access | None = None
+    ) -> t.RegionListing:
+        """Give regions of any session to another agent; their owner is not asked."""
+        request = t.HandOverRequest(tuple(regions), to, bytes(payload), access)
+        return await self._call(hand_over(request, is_admin=True))
 
     async def end_session(self, session: t.SessionId) -> None:
         """End a session; returns when all it held is released."""

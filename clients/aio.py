@@ -18,16 +18,15 @@ from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
 from xferd.clients._aio_link import AsyncLink
 from xferd.clients._aio_objects import AsyncPreparedList, AsyncRegion, AsyncTransfer
-from xferd.clients._calls import WAIT_SLICE_S, ImportedMetadata, wait_slices
+from xferd.clients._calls import WAIT_SLICE_S, ImportedMetadata
 from xferd.clients._session_socket import fd_request, memfd_request, owned
 from xferd.clients.admin import AsyncAdmin
-from xferd.clients.memory import address_of, bytes_of, make_memfd
+from xferd.clients.memory import address_of, bytes_of, handed_over, make_memfd, owned_by, query_item
 from xferd.clients.transfers import (
     ListLike,
     TransferLike,
     TransferOptions,
     checked,
-    id_of,
     ids_of,
     tell,
     transfer_request,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Sequence
 
     from xferd.api.descriptors import DescriptorList
+    from xferd.clients.transfers import TransferBase
 
 __all__ = ["AsyncClient", "AsyncPreparedList", "AsyncRegion", "AsyncTransfer"]
 
@@ -58,14 +58,26 @@ class AsyncClient(AsyncLink):
 
     @overload
     async def allocate(
-        self, nbytes: int, pool: str = ..., *, access: t.Access = ..., label: str = ...
+        self, nbytes: int, pool: str = ..., *, access: t.Access = ..., label: str = ..., persistent: bool = ...
     ) -> AsyncRegion: ...
     @overload
     async def allocate(
-        self, nbytes: Sequence[int], pool: str = ..., *, access: t.Access = ..., label: str = ...
+        self,
+        nbytes: Sequence[int],
+        pool: str = ...,
+        *,
+        access: t.Access = ...,
+        label: str = ...,
+        persistent: bool = ...,
     ) -> list[AsyncRegion]: ...
     async def allocate(
-        self, nbytes: int | Sequence[int], pool: str = "", *, access: t.Access = t.Access.NONE, label: str = ""
+        self,
+        nbytes: int | Sequence[int],
+        pool: str = "",
+        *,
+        access: t.Access = t.Access.NONE,
+        label: str = "",
+        persistent: bool = False,
     ) -> AsyncRegion | list[AsyncRegion]:
         """Allocate a region, or with a sequence of sizes a group of regions, all or none.
 
@@ -74,11 +86,14 @@ class AsyncClient(AsyncLink):
             pool: "" is the first host pool.
             access: what others may do with it.
             label: for others to find it by.
+            persistent: of a storage pool: it belongs to the agent, outlives this session and the daemon, and
+                ``regions(agent=client.agent, label=...)`` finds it again.
 
         Raises:
             PoolExhausted: no room for all.
+            Unsupported: ``persistent`` regions of a pool that is not a storage pool.
         """
-        listing = await self._call(calls.allocate(nbytes, pool, access, label))
+        listing = await self._call(calls.allocate(nbytes, pool, access, label, persistent))
         for info in listing.regions[:1]:
             await self._map(info)  # now, because ``array`` cannot wait
         made = [AsyncRegion(self, info) for info in listing.regions]
@@ -132,6 +147,89 @@ class AsyncClient(AsyncLink):
         """Register a file that this process has open, wherever it is; ``fd`` stays the caller's."""
         return AsyncRegion(self, await self._pass_fd(fd_request(nbytes, writable, access, label), fd))
 
+    async def register_object(
+        self,
+        store: str,
+        key: str,
+        *,
+        nbytes: int = 0,
+        writable: bool = False,
+        create: bool = False,
+        access: t.Access = t.Access.NONE,
+        label: str = "",
+    ) -> AsyncRegion:
+        """Register an object of a store of the daemon, at the version that it has now.
+
+        It is read in any spans, and written by one transfer that covers all of it, or not at all.
+
+        Args:
+            store: as configured in the daemon.
+            key: of the object, below the store's prefix.
+            nbytes: size of the region; 0 takes the object's present size.
+            writable: whether it may be written.
+            create: whether it need not be there yet; needs ``writable`` and ``nbytes``.
+            access: what other sessions of this node may do; other nodes reach the store themselves.
+            label: free text.
+
+        Raises:
+            NotFound: no such store or object.
+            PermissionDenied, Unauthenticated: the store refuses.
+        """
+        request = t.RegisterObjectRequest(store, key, nbytes, writable, create, access, label)
+        return AsyncRegion(self, await self._call(calls.register_object(request)))
+
+    async def query(self, items: Iterable[str | os.PathLike[str] | tuple[str, str]]) -> list[t.QueryResult]:
+        """Say of files (by path) and objects (by store and key), in order, whether they exist, how large and how old.
+
+        One that cannot be looked at has the error in its result.
+        """
+        return await self._call(calls.query(query_item(item) for item in items))
+
+    async def delete_objects(self, store: str, keys: Iterable[str]) -> None:
+        """Delete objects of a store; those that are not there are fine. Where it raises, some may be gone."""
+        await self._call(calls.delete_objects(store, keys))
+
+    async def list_objects(self, store: str, prefix: str = "", *, after: str = "", limit: int = 0) -> t.ObjectPage:
+        """List objects of a store in key order, at most 1000; ``after`` is the page's ``next`` of the one before."""
+        return await self._call(calls.list_objects(t.ObjectQuery(store, prefix, after, limit)))
+
+    async def hand_over(
+        self, regions: Iterable[AsyncRegion], to: str, payload: bytes = b"", *, access: t.Access | None = None
+    ) -> None:
+        """Give regions to another agent of this node, all or none, and copy nothing.
+
+        They keep ids and bytes and end with the new owner's session, not with this one. The new owner gets a
+        notification with ``payload``, and takes them with ``accept``. Arrays of the regions must not be used any more.
+
+        Args:
+            regions: of this session: of pools, memfds and files, not private memory.
+            to: the agent.
+            payload: for the notification.
+            access: what others may do with them from now on, this client among them; None: what they granted before.
+
+        Raises:
+            AgentUnknown: the agent has no session on this node.
+            Busy: a transfer moves bytes of one of them.
+            Overloaded: the agent's inbox is full.
+        """
+        given = list(regions)
+        request = t.HandOverRequest(tuple(region.id for region in given), to, bytes(payload), access)
+        await self._call(calls.hand_over(request))
+        self._forget_regions(given, "handed over")
+
+    async def accept(self, notification: t.Notification) -> list[AsyncRegion]:
+        """Return the regions that a notification has handed over, in its order: this client's own, mapped.
+
+        Raises:
+            InvalidArgument: the notification hands nothing over.
+            PermissionDenied: they belong to another agent.
+            Stale: one was freed since.
+        """
+        listing = await self._call(calls.regions(t.RegionQuery(regions=handed_over(notification))))
+        for info in {info.pool: info for info in listing.regions}.values():
+            await self._map(info)  # now, because ``array`` cannot wait
+        return [AsyncRegion(self, info) for info in owned_by(self.agent, listing)]
+
     async def regions(
         self, *, node: str = "", agent: str = "", label: str = "", ids: Iterable[t.RegionId] = ()
     ) -> list[AsyncRegion]:
@@ -148,7 +246,10 @@ class AsyncClient(AsyncLink):
     async def prepare(self, descriptors: DescriptorList | AsyncRegion) -> AsyncPreparedList:
         """Let the daemon check a list once and keep it."""
         wanted = descriptors.whole() if isinstance(descriptors, AsyncRegion) else descriptors
-        return AsyncPreparedList(self, await self._call(calls.prepare(wanted)))
+        info = await self._call(calls.prepare(wanted))
+        if self._ring is not None:
+            self._ring.know_list(info)
+        return AsyncPreparedList(self, info)
 
     async def transfer(
         self,
@@ -170,6 +271,10 @@ class AsyncClient(AsyncLink):
             wait_s: wait so long for its end, in the same call.
             **options: see ``TransferOptions``.
         """
+        if self.uses_ring and self._ring is not None:
+            track = await self._ring.start(op, local, remote, options, hold=hold, wait_s=wait_s)
+            if track is not None:
+                return AsyncTransfer(self, track)
         request = transfer_request(op, local, remote, options, hold=hold)
         return AsyncTransfer(self, await self._call(calls.submit(request, wait_s)))
 
@@ -181,8 +286,24 @@ class AsyncClient(AsyncLink):
         """Push local into remote and return when it is DONE; one round trip. Raises what the transfer failed with."""
         return await self._run(t.TransferOp.WRITE, local, remote, options)
 
+    async def post_many(self, transfers: Sequence[AsyncTransfer]) -> list[t.TransferStatus]:
+        """Post held or ended transfers, over the ring all at once; returns the status of each.
+
+        Raises:
+            XferdError: what the first of those was refused with that were; the others are under way.
+        """
+        left: Sequence[TransferBase] = transfers
+        if self.uses_ring and self._ring is not None:
+            left = await self._ring.post_many(transfers)
+        for transfer in left:
+            await self._post_by_call(transfer, 0.0)
+        return [transfer.status for transfer in transfers]
+
     async def poll_many(self, transfers: Sequence[TransferLike]) -> list[t.TransferStatus]:
-        """Return the status of each, in order, with one call."""
+        """Return the status of each, in order, with one call at most."""
+        told = [await self._glance_at(transfer) for transfer in transfers]
+        if transfers and None not in told:
+            return [status for status in told if status is not None]
         statuses = await self._call(calls.poll(ids_of(transfers)))
         tell(transfers, statuses)
         return statuses
@@ -191,9 +312,7 @@ class AsyncClient(AsyncLink):
         self, transfers: Sequence[TransferLike], timeout_s: float | None = None, *, any: bool = False
     ) -> list[t.TransferStatus]:
         """Wait until all (or any) have ended or the time is over; nothing of this is raised."""
-        statuses = await self._wait(ids_of(transfers), timeout_s, any_of=any)
-        tell(transfers, statuses)
-        return statuses
+        return await self._wait(transfers, timeout_s, any_of=any)
 
     async def completions(self, transfers: Iterable[TransferLike] = ()) -> AsyncGenerator[t.TransferStatus, None]:
         """Yield transfers as they end, those that had ended first; none named: all of this session, without end."""
@@ -204,13 +323,11 @@ class AsyncClient(AsyncLink):
 
     async def cancel(self, transfers: Sequence[TransferLike]) -> list[t.TransferStatus]:
         """Cancel; no byte of them moves any more when this returns."""
-        statuses = await self._call(calls.cancel(ids_of(transfers)))
-        tell(transfers, statuses)
-        return statuses
+        return await self._cancel(transfers)
 
     async def release(self, transfers: Iterable[TransferLike]) -> None:
         """Let the daemon forget transfers, cancelling what runs."""
-        await self._call(calls.release(id_of(transfer) for transfer in transfers))
+        await self._release(transfers)
 
     async def estimate(
         self, op: t.TransferOp | str, local: ListLike, remote: ListLike, **options: Unpack[TransferOptions]
@@ -232,11 +349,9 @@ class AsyncClient(AsyncLink):
 
     async def notifications(self, timeout_s: float = 0.0, *, limit: int = 100) -> list[t.Notification]:
         """Take what has arrived for this agent, waiting up to ``timeout_s`` for the first."""
-        for wait_s in wait_slices(timeout_s):
-            taken = await self._call(calls.notifications(limit, wait_s))
-            if taken:
-                return taken
-        return []
+        if self._ring is not None:
+            return await self._notifications(timeout_s, limit)
+        return await self._notifications_by_call(timeout_s, limit)
 
     # -- nodes
 
@@ -298,6 +413,10 @@ class AsyncClient(AsyncLink):
     async def _run(
         self, op: t.TransferOp, local: ListLike, remote: ListLike, options: TransferOptions
     ) -> t.TransferStatus:
+        if self.uses_ring and self._ring is not None:
+            track = await self._ring.run(op, local, remote, options)
+            if track is not None:
+                return checked(await self._whole(track))
         status = await self._call(calls.submit(transfer_request(op, local, remote, options), WAIT_SLICE_S))
         if status.state not in t.ENDED:
             [status] = await self._wait([status.id], None, any_of=False)

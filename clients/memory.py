@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import fcntl
 import math
-import mmap
 import os
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xferd.api import mapping
 from xferd.api.descriptors import U64, DescriptorList
 from xferd.api.errors import Closed, InvalidArgument, InvalidDescriptor, OutOfBounds, PermissionDenied, Unsupported
-from xferd.api.types import Access, RegionSource
+from xferd.api.types import Access, MemoryKind, QueryItem, RegionSource
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
 
-    from xferd.api.types import RegionId, RegionInfo
+    from xferd.api.types import Notification, RegionId, RegionInfo, RegionListing
 
 ByteArray: TypeAlias = NDArray[np.uint8]
 
@@ -39,8 +39,8 @@ def map_shared(fd: int, nbytes: int) -> ByteArray:
         Unsupported: the system refuses; ``__cause__`` has its error.
     """
     try:
-        return np.frombuffer(mmap.mmap(fd, nbytes), dtype=np.uint8)
-    except (OSError, ValueError) as exc:
+        return mapping.map_shared(fd, nbytes)
+    except OSError as exc:
         raise Unsupported(
             f"{nbytes} bytes cannot be mapped: {exc}", remedy="check RLIMIT_AS and RLIMIT_NOFILE"
         ) from exc
@@ -103,7 +103,11 @@ class RegionBase:
     def __init__(self, info: RegionInfo, memory: ByteArray | None) -> None:
         self.info = info
         self._memory = memory
-        self._is_freed = False
+        self._fate = ""
+
+    @property
+    def _is_freed(self) -> bool:
+        return bool(self._fate)
 
     @property
     def id(self) -> RegionId:
@@ -174,12 +178,12 @@ class RegionBase:
         return self.rows(0, self.nbytes)
 
     def __repr__(self) -> str:
-        state = ", freed" if self._is_freed else ""
+        state = f", {self._fate}" if self._fate else ""
         return f"<{type(self).__name__} {self.id} {self.info.kind.value} {self.nbytes} bytes @{self.info.node}{state}>"
 
     def _check_live(self) -> None:
         if self._is_freed:
-            raise Closed(f"region {self.id} was freed")
+            raise Closed(f"region {self.id} was {self._fate}")
 
     def _mapped(self) -> ByteArray | None:
         """Return the region's bytes where this process has them; a subclass may map them now."""
@@ -225,9 +229,9 @@ class RegionBase:
         memory[offset : offset + len(data)] = data
         return True
 
-    def _forget(self) -> None:
-        """Note that the region is freed."""
-        self._is_freed = True
+    def _forget(self, fate: str = "freed") -> None:
+        """Note that the region is freed, or has another owner."""
+        self._fate = fate
         self._memory = None
 
 
@@ -239,9 +243,48 @@ def pool_view(info: RegionInfo, pool: ByteArray, agent: str) -> ByteArray:
     return view
 
 
+def query_item(item: str | os.PathLike[str] | tuple[str, str]) -> QueryItem:
+    """Return what to ask for a path, or for (store, key)."""
+    if isinstance(item, tuple):
+        store, key = item
+        return QueryItem(store=store, key=key)
+    return QueryItem(path=os.fspath(item))
+
+
+def handed_over(notification: Notification) -> tuple[RegionId, ...]:
+    """Return the regions that a notification hands over.
+
+    Raises:
+        InvalidArgument: none.
+    """
+    if not notification.regions:
+        raise InvalidArgument(
+            f"the notification from {notification.source} hands nothing over",
+            limit="notifications with regions",
+            remedy="its sender must give the regions with hand_over",
+        )
+    return notification.regions
+
+
+def owned_by(agent: str, listing: RegionListing) -> tuple[RegionInfo, ...]:
+    """Return the records of a listing, all of which must be an agent's.
+
+    Raises:
+        PermissionDenied: one belongs to another agent: it was handed on.
+    """
+    for info in listing.regions:
+        if info.agent != agent:
+            raise PermissionDenied(
+                f"region {info.id} belongs to agent {info.agent}",
+                limit=f"regions of agent {agent}",
+                remedy="it was handed on; take it up by its record with region()",
+            )
+    return listing.regions
+
+
 def is_mappable(info: RegionInfo, node: str) -> bool:
-    """Say whether a region lies in a pool of this node."""
-    return info.source is RegionSource.POOL and info.node == node
+    """Say whether a region lies in a pool of this node that is memory; one of a storage pool is a file."""
+    return info.source is RegionSource.POOL and info.kind is not MemoryKind.FILE and info.node == node
 
 
 def source_bytes(data: object) -> ByteArray:

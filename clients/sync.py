@@ -12,18 +12,17 @@ from xferd.api import types as t
 from xferd.api import wire
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
-from xferd.clients._calls import WAIT_SLICE_S, ImportedMetadata, wait_slices
+from xferd.clients._calls import WAIT_SLICE_S, ImportedMetadata
 from xferd.clients._session_socket import fd_request, memfd_request, owned
 from xferd.clients._sync_link import SyncLink
 from xferd.clients._sync_objects import PreparedList, Region, Transfer
 from xferd.clients.admin import Admin
-from xferd.clients.memory import address_of, bytes_of, make_memfd
+from xferd.clients.memory import address_of, bytes_of, handed_over, make_memfd, owned_by, query_item
 from xferd.clients.transfers import (
     ListLike,
     TransferLike,
     TransferOptions,
     checked,
-    id_of,
     ids_of,
     tell,
     transfer_request,
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from xferd.api.descriptors import DescriptorList
+    from xferd.clients.transfers import TransferBase
 
 __all__ = ["Client", "PreparedList", "Region", "Transfer"]
 
@@ -53,13 +53,27 @@ class Client(SyncLink):
         return self._call(calls.pools())
 
     @overload
-    def allocate(self, nbytes: int, pool: str = ..., *, access: t.Access = ..., label: str = ...) -> Region: ...
+    def allocate(
+        self, nbytes: int, pool: str = ..., *, access: t.Access = ..., label: str = ..., persistent: bool = ...
+    ) -> Region: ...
     @overload
     def allocate(
-        self, nbytes: Sequence[int], pool: str = ..., *, access: t.Access = ..., label: str = ...
+        self,
+        nbytes: Sequence[int],
+        pool: str = ...,
+        *,
+        access: t.Access = ...,
+        label: str = ...,
+        persistent: bool = ...,
     ) -> list[Region]: ...
     def allocate(
-        self, nbytes: int | Sequence[int], pool: str = "", *, access: t.Access = t.Access.NONE, label: str = ""
+        self,
+        nbytes: int | Sequence[int],
+        pool: str = "",
+        *,
+        access: t.Access = t.Access.NONE,
+        label: str = "",
+        persistent: bool = False,
     ) -> Region | list[Region]:
         """Allocate a region, or with a sequence of sizes a group of regions, all or none.
 
@@ -68,11 +82,14 @@ class Client(SyncLink):
             pool: "" is the first host pool.
             access: what others may do with it.
             label: for others to find it by.
+            persistent: of a storage pool: it belongs to the agent, outlives this session and the daemon, and
+                ``regions(agent=client.agent, label=...)`` finds it again.
 
         Raises:
             PoolExhausted: no room for all.
+            Unsupported: ``persistent`` regions of a pool that is not a storage pool.
         """
-        listing = self._call(calls.allocate(nbytes, pool, access, label))
+        listing = self._call(calls.allocate(nbytes, pool, access, label, persistent))
         made = [Region(self, info) for info in listing.regions]
         return made[0] if isinstance(nbytes, SupportsIndex) else made
 
@@ -124,6 +141,87 @@ class Client(SyncLink):
         """Register a file that this process has open, wherever it is; ``fd`` stays the caller's."""
         return Region(self, self._pass_fd(fd_request(nbytes, writable, access, label), fd))
 
+    def register_object(
+        self,
+        store: str,
+        key: str,
+        *,
+        nbytes: int = 0,
+        writable: bool = False,
+        create: bool = False,
+        access: t.Access = t.Access.NONE,
+        label: str = "",
+    ) -> Region:
+        """Register an object of a store of the daemon, at the version that it has now.
+
+        It is read in any spans, and written by one transfer that covers all of it, or not at all.
+
+        Args:
+            store: as configured in the daemon.
+            key: of the object, below the store's prefix.
+            nbytes: size of the region; 0 takes the object's present size.
+            writable: whether it may be written.
+            create: whether it need not be there yet; needs ``writable`` and ``nbytes``.
+            access: what other sessions of this node may do; other nodes reach the store themselves.
+            label: free text.
+
+        Raises:
+            NotFound: no such store or object.
+            PermissionDenied, Unauthenticated: the store refuses.
+        """
+        request = t.RegisterObjectRequest(store, key, nbytes, writable, create, access, label)
+        return Region(self, self._call(calls.register_object(request)))
+
+    def query(self, items: Iterable[str | os.PathLike[str] | tuple[str, str]]) -> list[t.QueryResult]:
+        """Say of files (by path) and objects (by store and key), in order, whether they exist, how large and how old.
+
+        One that cannot be looked at has the error in its result.
+        """
+        return self._call(calls.query(query_item(item) for item in items))
+
+    def delete_objects(self, store: str, keys: Iterable[str]) -> None:
+        """Delete objects of a store; those that are not there are fine. Where it raises, some may be gone."""
+        self._call(calls.delete_objects(store, keys))
+
+    def list_objects(self, store: str, prefix: str = "", *, after: str = "", limit: int = 0) -> t.ObjectPage:
+        """List objects of a store in key order, at most 1000; ``after`` is the page's ``next`` of the one before."""
+        return self._call(calls.list_objects(t.ObjectQuery(store, prefix, after, limit)))
+
+    def hand_over(
+        self, regions: Iterable[Region], to: str, payload: bytes = b"", *, access: t.Access | None = None
+    ) -> None:
+        """Give regions to another agent of this node, all or none, and copy nothing.
+
+        They keep ids and bytes and end with the new owner's session, not with this one. The new owner gets a
+        notification with ``payload``, and takes them with ``accept``. Arrays of the regions must not be used any more.
+
+        Args:
+            regions: of this session: of pools, memfds and files, not private memory.
+            to: the agent.
+            payload: for the notification.
+            access: what others may do with them from now on, this client among them; None: what they granted before.
+
+        Raises:
+            AgentUnknown: the agent has no session on this node.
+            Busy: a transfer moves bytes of one of them.
+            Overloaded: the agent's inbox is full.
+        """
+        given = list(regions)
+        request = t.HandOverRequest(tuple(region.id for region in given), to, bytes(payload), access)
+        self._call(calls.hand_over(request))
+        self._forget_regions(given, "handed over")
+
+    def accept(self, notification: t.Notification) -> list[Region]:
+        """Return the regions that a notification has handed over, in its order: this client's own, mapped.
+
+        Raises:
+            InvalidArgument: the notification hands nothing over.
+            PermissionDenied: they belong to another agent.
+            Stale: one was freed since.
+        """
+        listing = self._call(calls.regions(t.RegionQuery(regions=handed_over(notification))))
+        return [Region(self, info) for info in owned_by(self.agent, listing)]
+
     def regions(
         self, *, node: str = "", agent: str = "", label: str = "", ids: Iterable[t.RegionId] = ()
     ) -> list[Region]:
@@ -140,7 +238,10 @@ class Client(SyncLink):
     def prepare(self, descriptors: DescriptorList | Region) -> PreparedList:
         """Let the daemon check a list once and keep it."""
         wanted = descriptors.whole() if isinstance(descriptors, Region) else descriptors
-        return PreparedList(self, self._call(calls.prepare(wanted)))
+        info = self._call(calls.prepare(wanted))
+        if self._ring is not None:
+            self._ring.know_list(info)
+        return PreparedList(self, info)
 
     def transfer(
         self,
@@ -162,6 +263,10 @@ class Client(SyncLink):
             wait_s: wait so long for its end, in the same call.
             **options: see ``TransferOptions``.
         """
+        if self.uses_ring and self._ring is not None:
+            track = self._ring.start(op, local, remote, options, hold=hold, wait_s=wait_s)
+            if track is not None:
+                return Transfer(self, track)
         request = transfer_request(op, local, remote, options, hold=hold)
         return Transfer(self, self._call(calls.submit(request, wait_s)))
 
@@ -173,8 +278,24 @@ class Client(SyncLink):
         """Push local into remote and return when it is DONE; one round trip. Raises what the transfer failed with."""
         return self._run(t.TransferOp.WRITE, local, remote, options)
 
+    def post_many(self, transfers: Sequence[Transfer]) -> list[t.TransferStatus]:
+        """Post held or ended transfers, over the ring all at once; returns the status of each.
+
+        Raises:
+            XferdError: what the first of those was refused with that were; the others are under way.
+        """
+        left: Sequence[TransferBase] = transfers
+        if self.uses_ring and self._ring is not None:
+            left = self._ring.post_many(transfers)
+        for transfer in left:
+            self._post_by_call(transfer, 0.0)
+        return [transfer.status for transfer in transfers]
+
     def poll_many(self, transfers: Sequence[TransferLike]) -> list[t.TransferStatus]:
-        """Return the status of each, in order, with one call."""
+        """Return the status of each, in order, with one call at most."""
+        told = [self._glance_at(transfer) for transfer in transfers]
+        if transfers and None not in told:
+            return [status for status in told if status is not None]
         statuses = self._call(calls.poll(ids_of(transfers)))
         tell(transfers, statuses)
         return statuses
@@ -183,9 +304,7 @@ class Client(SyncLink):
         self, transfers: Sequence[TransferLike], timeout_s: float | None = None, *, any: bool = False
     ) -> list[t.TransferStatus]:
         """Wait until all (or any) have ended or the time is over; nothing of this is raised."""
-        statuses = self._wait(ids_of(transfers), timeout_s, any_of=any)
-        tell(transfers, statuses)
-        return statuses
+        return self._wait(transfers, timeout_s, any_of=any)
 
     def completions(self, transfers: Iterable[TransferLike] = ()) -> Iterator[t.TransferStatus]:
         """Yield transfers as they end, those that had ended first; none named: all of this session, without end."""
@@ -195,13 +314,11 @@ class Client(SyncLink):
 
     def cancel(self, transfers: Sequence[TransferLike]) -> list[t.TransferStatus]:
         """Cancel; no byte of them moves any more when this returns."""
-        statuses = self._call(calls.cancel(ids_of(transfers)))
-        tell(transfers, statuses)
-        return statuses
+        return self._cancel(transfers)
 
     def release(self, transfers: Iterable[TransferLike]) -> None:
         """Let the daemon forget transfers, cancelling what runs."""
-        self._call(calls.release(id_of(transfer) for transfer in transfers))
+        self._release(transfers)
 
     def estimate(
         self, op: t.TransferOp | str, local: ListLike, remote: ListLike, **options: Unpack[TransferOptions]
@@ -223,11 +340,9 @@ class Client(SyncLink):
 
     def notifications(self, timeout_s: float = 0.0, *, limit: int = 100) -> list[t.Notification]:
         """Take what has arrived for this agent, waiting up to ``timeout_s`` for the first."""
-        for wait_s in wait_slices(timeout_s):
-            taken = self._call(calls.notifications(limit, wait_s))
-            if taken:
-                return taken
-        return []
+        if self._ring is not None:
+            return self._notifications(timeout_s, limit)
+        return self._notifications_by_call(timeout_s, limit)
 
     # -- nodes
 
@@ -285,6 +400,10 @@ class Client(SyncLink):
         self._call(calls.invalidate(name))
 
     def _run(self, op: t.TransferOp, local: ListLike, remote: ListLike, options: TransferOptions) -> t.TransferStatus:
+        if self.uses_ring and self._ring is not None:
+            track = self._ring.run(op, local, remote, options)
+            if track is not None:
+                return checked(self._whole(track))
         status = self._call(calls.submit(transfer_request(op, local, remote, options), WAIT_SLICE_S))
         if status.state not in t.ENDED:
             [status] = self._wait([status.id], None, any_of=False)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from xferd.api.types import PreparedHandle, PreparedInfo, Telemetry
+    from xferd.clients._ring_tracks import Track
 
 
 class PreparedBase:
@@ -97,6 +98,7 @@ class TransferOptions(TypedDict, total=False):
         notification: delivered to its target after the last byte.
         backend: pins the backend that moves; "" lets the planner choose.
         cause_id: stands in the logs of both nodes; "" lets the daemon make one.
+        verify: compare what is read from storage pools with its checksums; the transfer fails where they differ.
     """
 
     key: str
@@ -105,31 +107,39 @@ class TransferOptions(TypedDict, total=False):
     notification: NotificationLike | None
     backend: str
     cause_id: str
+    verify: bool
 
 
 def transfer_request(
     op: TransferOp | str, local: ListLike, remote: ListLike, options: TransferOptions, *, hold: bool = False
 ) -> TransferRequest:
     """Build a request from what users have at hand."""
-    notification = options.get("notification")
-    if isinstance(notification, tuple):
-        target, payload = notification
-        notification = Notification(target, bytes(payload))
     return TransferRequest(
-        op=_op_of(op),
+        op=op_of(op),
         local=as_list(local),
         remote=as_list(remote),
         key=options.get("key", ""),
         timeout_s=options.get("timeout_s", 0.0),
         priority=options.get("priority", Priority.NORMAL),
         cause_id=options.get("cause_id", ""),
-        notification=notification,
+        notification=notification_of(options),
         backend=options.get("backend", ""),
+        verify=options.get("verify", False),
         hold=hold,
     )
 
 
-def _op_of(op: TransferOp | str) -> TransferOp:
+def notification_of(options: TransferOptions) -> Notification | None:
+    """Return the notification that is asked for."""
+    notification = options.get("notification")
+    if isinstance(notification, tuple):
+        target, payload = notification
+        return Notification(target, bytes(payload))
+    return notification
+
+
+def op_of(op: TransferOp | str) -> TransferOp:
+    """Return the operation by itself or by its name."""
     try:
         return op if isinstance(op, TransferOp) else TransferOp(op.upper())
     except ValueError as exc:
@@ -162,15 +172,50 @@ def check_in_time(status: TransferStatus, timeout_s: float | None) -> TransferSt
 
 
 class TransferBase:
-    """A transfer and what was last heard of it. ``status`` is not asked for anew: ``poll`` does that."""
+    """A transfer and what was last heard of it.
 
-    def __init__(self, status: TransferStatus) -> None:
-        self.status = status
+    ``status`` is not asked for anew: ``poll`` does that. Where the client has a ring and the transfer went over it, its
+    end is heard as soon as it stands in the ring, with no system call.
+    """
+
+    def __init__(self, told: TransferStatus | Track) -> None:
+        self._track: Track | None = None
+        self._status: TransferStatus | None = None
+        if isinstance(told, TransferStatus):
+            self._status = told
+        else:
+            self._track = told
+
+    def _glance(self) -> None:
+        """Take what stands in the ring, if there is one."""
+
+    def _untrack(self) -> None:
+        """Leave it to gRPC from here on: the ring is lost, or cannot do what is wanted of it."""
+        if self._track is not None:
+            self._track.release()
+
+    @property
+    def status(self) -> TransferStatus:
+        """As last heard."""
+        track = self._track
+        if track is None:
+            assert self._status is not None
+            return self._status
+        if track.ask is not None and not track.ask.is_over:
+            self._glance()
+        return track.status
+
+    @status.setter
+    def status(self, status: TransferStatus) -> None:
+        if self._track is None:
+            self._status = status
+        else:
+            self._track.status = status
 
     @property
     def id(self) -> TransferId:
         """The daemon's id."""
-        return self.status.id
+        return self.status.id if self._track is None else self._track.id
 
     @property
     def state(self) -> TransferState:
@@ -180,7 +225,12 @@ class TransferBase:
     @property
     def is_ended(self) -> bool:
         """Whether no byte of it moves any more, as last heard."""
-        return self.status.state in ENDED
+        track = self._track
+        if track is None:
+            return self.status.state in ENDED
+        if track.ask is not None and not track.ask.is_over:
+            self._glance()
+        return track.has_ended
 
     @property
     def telemetry(self) -> Telemetry:

@@ -36,6 +36,8 @@ from xferd.daemon.identity import Identity, lasting_id, next_epoch
 from xferd.daemon.lifecycle import Lifecycle
 from xferd.daemon.memory.desk import MemoryDesk
 from xferd.daemon.memory.files import FileRoots
+from xferd.daemon.memory.handover import HandOverDesk
+from xferd.daemon.memory.objects import ObjectDesk
 from xferd.daemon.memory.pool import HostPool
 from xferd.daemon.memory.regions import RegionTable
 from xferd.daemon.memory.staging import StagingPool
@@ -43,15 +45,19 @@ from xferd.daemon.peers.exchange import RecordExchange
 from xferd.daemon.peers.manager import PeerManager
 from xferd.daemon.peers.publisher import Publisher
 from xferd.daemon.peers.serving import PeerServing
+from xferd.daemon.rings.desk import RingDesk
 from xferd.daemon.rundir import RunDir
 from xferd.daemon.sdnotify import Notifier, listen_fds, watchdog_interval_s
 from xferd.daemon.service import Service
 from xferd.daemon.sessions.desk import SessionDesk
 from xferd.daemon.sessions.socket import SessionSocketServer
 from xferd.daemon.sessions.table import SessionTable
+from xferd.daemon.storage.config import storage_options
+from xferd.daemon.storage.desk import StorageDesk
+from xferd.daemon.storage.lanes import LaneSealer
 from xferd.metadata.embedded import EmbeddedStore, StaticPeer
 from xferd.metadata.registry import store_class
-from xferd.plugins.base import PeerTransport
+from xferd.plugins.base import ObjectCatalog, PeerTransport
 from xferd.plugins.registry import create_backends
 
 if TYPE_CHECKING:
@@ -110,6 +116,9 @@ class Daemon:
         self._identity = Identity(name, epoch, self._backends, self._agents, node_id=lasting_id(config.run_dir))
         self._regions = RegionTable(name, epoch, limits.max_regions)
         self._roots = FileRoots(config.files.roots)
+        self._storage = StorageDesk(
+            self._regions, storage_options(config.storage_pools), node=name, node_id=self._identity.id
+        )
         self._staging = StagingPool(config.transfers.staging, config.transfers.chunk)
         self._inboxes = Inboxes(name, max_nbytes=limits.max_inbox, max_payload_nbytes=limits.max_notification)
         self._costs = CostModel()
@@ -144,6 +153,7 @@ class Daemon:
             self._backends,
             self._costs,
             self._staging,
+            sealer=self._storage.sealer,
             deliver=lambda notification: self._service.deliver(notification),
             on_ended=lambda transfer: self._transfers.on_ended(transfer),
             clock=time.time,
@@ -160,6 +170,13 @@ class Daemon:
             max_transfers=config.limits.max_transfers,
             keep_plans_nbytes=config.transfers.keep_plans,
         )
+        self._rings = RingDesk(
+            self._transfers,
+            self._inboxes,
+            check_open=lambda: self._service.check_open(),
+            enabled=config.rings.enabled,
+            max_nbytes=config.rings.max_nbytes,
+        )
 
     def _make_sessions(self, name: str, epoch: int) -> None:
         config = self._config
@@ -171,13 +188,22 @@ class Daemon:
             self._roots,
             self._planner,
             self._backends,
+            self._storage,
             max_group=config.limits.max_group,
         )
+        table = SessionTable(max_sessions=config.sessions.max_sessions)
+        self._handovers = HandOverDesk(
+            name, epoch, self._regions, self._inboxes, table.session_of_agent, max_group=config.limits.max_group
+        )
+        catalog = next((b for b in self._backends.values() if isinstance(b, ObjectCatalog)), None)
+        self._objects = ObjectDesk(self._regions, self._roots, catalog, max_items=config.limits.max_group)
         self._sessions = SessionDesk(
             name,
             epoch,
-            SessionTable(max_sessions=config.sessions.max_sessions),
+            table,
             self._transfers,
+            self._rings,
+            self._storage,
             self._lists,
             self._inboxes,
             self._memory,
@@ -207,12 +233,17 @@ class Daemon:
                 events=self._peers,
                 max_descriptors=config.limits.max_descriptors,
                 quiesce_timeout_s=config.transfers.quiesce_timeout,
+                sealer=LaneSealer(self._storage.sealer) if config.storage_pools else None,
             )
         self._service = Service(
             me=self._identity.info,
             sessions=self._sessions,
             memory=self._memory,
+            handovers=self._handovers,
+            objects=self._objects,
             transfers=self._transfers,
+            rings=self._rings,
+            storage=self._storage,
             lists=self._lists,
             planner=self._planner,
             inboxes=self._inboxes,
@@ -277,9 +308,12 @@ class Daemon:
         """Start every part; what was started is closed by the stack, whatever happens."""
         stack = self._stack
         for pool in self._config.pools:
-            self._pools[pool.name] = made = HostPool(pool.name, pool.nbytes, huge_pages=pool.huge_pages)
+            self._pools[pool.name] = made = HostPool(
+                pool.name, pool.nbytes, huge_pages=pool.huge_pages, collapse=pool.collapse
+            )
             stack.push(f"pool {pool.name}", made.aclose)
         stack.push("staging", self._staging.aclose)
+        await stack.enter("storage", self._storage)
         for name, backend in self._backends.items():
             await backend.start()
             stack.push(f"backend {name}", backend.aclose)
@@ -291,6 +325,7 @@ class Daemon:
         await stack.enter("peers", self._peers)
         await stack.enter("runner", self._runner)
         self._peers.subscribe(self._peer_lost)
+        await stack.enter("rings", self._rings)
         await stack.enter("sessions", self._sessions)
         await self._grpc.start()
         stack.push("grpc", lambda: self._grpc.aclose(GRPC_GRACE_S))
@@ -337,7 +372,7 @@ class Daemon:
         self._roots.reload(config.files.roots)
         self._inboxes.max_nbytes = config.limits.max_inbox
         self._inboxes.max_payload_nbytes = config.limits.max_notification
-        self._memory.max_group = config.limits.max_group
+        self._memory.max_group = self._handovers.max_group = self._objects.max_items = config.limits.max_group
         self._transfers.max_transfers = config.limits.max_transfers
         self._transfers.default_timeout_s = config.transfers.default_timeout
         self._sessions.quiesce_timeout_s = config.transfers.quiesce_timeout
@@ -370,6 +405,7 @@ class Daemon:
         await self._peers.announce()
 
     def _peer_lost(self, name: str, reason: str) -> None:
+        self._costs.forget(name)
         failed = self._transfers.fail_peer(name, reason)
         if failed:
             log.warning("peer_transfers_failed", peer=name, transfers=failed, reason=reason)

@@ -37,6 +37,7 @@ def check(config: Config) -> list[Problem]:
         *_check_listeners(config),
         *_check_tls(config),
         *_check_pools(config),
+        *_check_storage_pools(config),
         *_check_sizes(config),
         *_check_peers(config),
         *_check_paths(config),
@@ -111,9 +112,36 @@ def _check_tls(config: Config) -> Iterator[Problem]:
 def _check_pools(config: Config) -> Iterator[Problem]:
     if not config.pools:
         yield Problem("pools", "the list is empty", "configure one pool at least, or leave the key out")
-    for name, count in Counter(pool.name for pool in config.pools).items():
+    names = [*(pool.name for pool in config.pools), *(pool.name for pool in config.storage_pools)]
+    for name, count in Counter(names).items():
         if count > 1:
             yield Problem("pools", f"{count} pools have the name {name!r}", "give each pool a name of its own")
+
+
+def _check_storage_pools(config: Config) -> Iterator[Problem]:
+    paths: Counter[str] = Counter()
+    for number, pool in enumerate(config.storage_pools):
+        key = f"storage_pools[{number}]"
+        if not pool.directories:
+            yield Problem(f"{key}.directories", "the list is empty", "name a directory at least")
+        if pool.block_nbytes % 4096:
+            yield Problem(f"{key}.block_nbytes", f"{pool.block_nbytes} is not a multiple of 4096", "use 64KiB to 1MiB")
+        if pool.verify and pool.checksum == "off":
+            yield Problem(f"{key}.verify", "there is nothing to compare with checksum = 'off'", "set checksum = 'xxh3'")
+        paths.update(os.path.normpath(each.path) for each in pool.directories)
+        for each in pool.directories:
+            share = pool.nbytes * each.weight / sum(other.weight for other in pool.directories)
+            if share < 4096:
+                yield Problem(
+                    f"{key}.directories",
+                    f"{each.path!r} gets {share:.0f} bytes by its weight",
+                    "raise its weight, or the pool's nbytes",
+                )
+            if not each.path.startswith("/"):
+                yield Problem(f"{key}.directories", f"{each.path!r} is not absolute", "write the whole path, from /")
+    for path, count in paths.items():
+        if count > 1:
+            yield Problem("storage_pools", f"{path!r} is named {count} times", "name each directory once")
 
 
 def _check_sizes(config: Config) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ from xferd.plugins.options import Nbytes, Options, Seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-KIB, MIB = SIZE_UNITS["KiB"], SIZE_UNITS["MiB"]
+KIB, MIB, GIB = SIZE_UNITS["KiB"], SIZE_UNITS["MiB"], SIZE_UNITS["GiB"]
 
 LIVE = "live"
 """Marks a key that SIGHUP changes in the running daemon; any other waits for a restart."""
@@ -54,6 +54,13 @@ class SessionsConfig(Options):
     rest_ttl: Annotated[Seconds, Field(gt=0)] = 60.0
 
 
+class RingsConfig(Options):
+    """Rings in shared memory, which attached clients may open beside gRPC."""
+
+    enabled: Annotated[bool, Field(strict=True)] = True
+    max_nbytes: Annotated[Nbytes, Field(ge=64 * KIB)] = 16 * MIB
+
+
 class GrpcConfig(Options):
     """The gRPC face: always a Unix socket, TCP where ``listen`` is set."""
 
@@ -81,6 +88,28 @@ class PoolConfig(Options):
     kind: Literal["DRAM"] = "DRAM"
     nbytes: Annotated[Nbytes, Field(ge=4096)] = 256 * MIB
     huge_pages: Annotated[bool, Field(strict=True)] = False
+    collapse: Literal["allocated", "all", "off"] = "allocated"
+
+
+class StorageDirectoryConfig(Options):
+    """One directory of a storage pool, and its share of it."""
+
+    path: str
+    weight: Annotated[float, Field(strict=True, gt=0, le=1e6, allow_inf_nan=False)] = 1.0
+
+
+class StoragePoolConfig(Options):
+    """One pool of memory on disks that the daemon owns."""
+
+    name: Name
+    directories: tuple[StorageDirectoryConfig, ...]
+    nbytes: Annotated[Nbytes, Field(ge=4096)]
+    slab_nbytes: Annotated[Nbytes, Field(ge=4096)] = 64 * GIB
+    checksum: Literal["xxh3", "off"] = "xxh3"
+    block_nbytes: Annotated[Nbytes, Field(ge=4096, le=16 * MIB)] = 256 * KIB
+    verify: Annotated[bool, Field(strict=True)] = False
+    scrub_rate: Nbytes = 16 * MIB
+    movers: Annotated[int, Field(strict=True, ge=1, le=64)] = 4
 
 
 class FilesConfig(Options):
@@ -145,9 +174,11 @@ class Config(Options):
     node: NodeConfig = NodeConfig()
     log: LogConfig = LogConfig()
     sessions: SessionsConfig = SessionsConfig()
+    rings: RingsConfig = RingsConfig()
     grpc: GrpcConfig = GrpcConfig()
     rest: RestConfig = RestConfig()
     pools: tuple[PoolConfig, ...] = (PoolConfig(),)
+    storage_pools: tuple[StoragePoolConfig, ...] = ()
     files: FilesConfig = FilesConfig()
     limits: LimitsConfig = LimitsConfig()
     transfers: TransfersConfig = TransfersConfig()

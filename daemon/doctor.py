@@ -216,8 +216,15 @@ def _ptrace(facts: Facts) -> Iterator[Check]:
 
 def _huge(facts: Facts) -> Iterator[Check]:
     have = f"{facts.huge_pages_free} of {facts.huge_pages_total} huge pages are free"
+    refused = [pool for pool in facts.pools if pool.huge_refusal]
+    for pool in refused:
+        remedy = "Linux 6.1 or newer with transparent huge pages, or set pages aside and use huge_pages = true"
+        yield Check("huge-pages", WARN, f"pool {pool.name} copies at half speed: {pool.huge_refusal}", remedy)
     if not facts.huge_pool_nbytes:
-        yield _ok("huge-pages", f"no pool uses them; {have}")
+        made = sum(pool.huge_nbytes for pool in facts.pools)
+        if not refused:
+            found = f"no pool uses them; {format_nbytes(made)} of small pages were made huge"
+            yield _ok("huge-pages", f"{found}; {have}")
         return
     needed = -(-facts.huge_pool_nbytes // max(1, facts.huge_page_nbytes))
     if facts.huge_pages_total < needed:

@@ -14,11 +14,33 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from prometheus_client import Metric
 
+    from xferd.api.types import StorageDirectoryInfo, StorageInfo
     from xferd.daemon.service import Service
+
+
+_STORAGE: tuple[tuple[str, str, bool, Callable[[StorageInfo], float]], ...] = (
+    ("extents", "extents of all sessions and agents", False, lambda info: info.extents),
+    ("persistent_extents", "those that outlive sessions", False, lambda info: info.persistent_extents),
+    ("extents_bytes", "bytes of extents", False, lambda info: info.extents_nbytes),
+    ("sealed_bytes", "those that a transfer that was DONE has proven", False, lambda info: info.sealed_nbytes),
+    ("damaged_blocks", "found not to be what was sealed", False, lambda info: info.damaged_blocks),
+    ("mismatches", "checksums that did not match", True, lambda info: info.mismatches),
+    ("verified_bytes", "compared with checksums", True, lambda info: info.verified_total_nbytes),
+    ("scrubbed_bytes", "read by the scrubber", True, lambda info: info.scrubbed_total_nbytes),
+    ("scrub_passes", "of the scrubber over the whole pool", True, lambda info: info.scrub_passes),
+    ("journal_bytes", "of all journals", False, lambda info: sum(each.journal_nbytes for each in info.directories)),
+    ("journal_batches", "flushes of journals", True, lambda info: sum(e.journal_batches for e in info.directories)),
+    ("failed_directories", "take no records any more", False, lambda info: sum(map(_has_failed, info.directories))),
+)
+"""Name, help, whether it only grows, and the value, for each storage pool."""
+
+
+def _has_failed(directory: StorageDirectoryInfo) -> bool:
+    return bool(directory.failure)
 
 
 class ServiceCollector(Collector):
@@ -31,6 +53,7 @@ class ServiceCollector(Collector):
         """Yield all families."""
         yield from self._node()
         yield from self._pools()
+        yield from self._storage()
         yield from self._backends()
         yield from self._peers()
         yield from self._store()
@@ -45,6 +68,16 @@ class ServiceCollector(Collector):
         yield GaugeMetricFamily("xferd_node_uptime_seconds", "since the start", value=status.uptime_s)
         yield GaugeMetricFamily("xferd_sessions_open", "attached clients", value=status.sessions)
         yield GaugeMetricFamily("xferd_regions_registered", "regions of all sessions", value=status.regions)
+        given_regions, given_nbytes = self._service.handed_over()
+        yield CounterMetricFamily("xferd_regions_handed_over", "regions that changed their owner", value=given_regions)
+        yield CounterMetricFamily("xferd_handed_over_bytes", "bytes of those regions, not copied", value=given_nbytes)
+        rings, counted = self._service.rings()
+        yield GaugeMetricFamily("xferd_rings_open", "rings in shared memory", value=rings)
+        yield CounterMetricFamily("xferd_ring_submissions", "taken from rings", value=counted.submissions)
+        yield CounterMetricFamily("xferd_ring_completions", "told on rings", value=counted.completions)
+        yield CounterMetricFamily(
+            "xferd_ring_violations", "rings closed for what was in them", value=counted.violations
+        )
         yield GaugeMetricFamily("xferd_holds_open", "things held, of any kind", value=len(self._service.holds()))
         yield GaugeMetricFamily("xferd_transfers_active", "posted or running", value=status.transfers_active)
         ended = CounterMetricFamily("xferd_transfers_ended", "transfers by how they ended", labels=["state"])
@@ -63,12 +96,22 @@ class ServiceCollector(Collector):
             "xferd_pool_fragmentation_ratio", "1 - largest free extent / free bytes", labels=["pool"]
         )
         failed = CounterMetricFamily("xferd_pool_failed_allocations", "groups that found no room", labels=["pool"])
+        huge = GaugeMetricFamily("xferd_pool_huge_bytes", "in pages of 2 MiB", labels=["pool"])
         for pool in self._service.pools():
             used.add_metric([pool.name], pool.used_nbytes)
             free.add_metric([pool.name], pool.free_nbytes)
             fragmentation.add_metric([pool.name], pool.fragmentation)
             failed.add_metric([pool.name], pool.failed_allocations)
-        yield from (used, free, fragmentation, failed)
+            huge.add_metric([pool.name], pool.huge_nbytes)
+        yield from (used, free, fragmentation, failed, huge)
+
+    def _storage(self) -> Iterator[Metric]:
+        for name, text, total, value in _STORAGE:
+            made = CounterMetricFamily if total else GaugeMetricFamily
+            family = made(f"xferd_storage_{name}", text, labels=["pool"])
+            for info in self._service.storage():
+                family.add_metric([info.pool], value(info))
+            yield family
 
     def _backends(self) -> Iterator[Metric]:
         moved = CounterMetricFamily("xferd_backend_moved_bytes", "bytes moved", labels=["backend"])
@@ -80,7 +123,12 @@ class ServiceCollector(Collector):
             chunks.add_metric([backend.name], backend.chunks)
             failures.add_metric([backend.name], backend.failures)
             busy.add_metric([backend.name], backend.busy)
-        yield from (moved, chunks, failures, busy)
+        broken = CounterMetricFamily(
+            "xferd_backend_integrity_failures", "bytes read that are not those written", labels=["backend"]
+        )
+        for name, count in self._service.integrity_failures().items():
+            broken.add_metric([name], count)
+        yield from (moved, chunks, failures, busy, broken)
 
     def _peers(self) -> Iterator[Metric]:
         states: dict[str, int] = {}

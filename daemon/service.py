@@ -6,6 +6,7 @@ Sessions are ``sessions/desk.py``, memory ``memory/desk.py``, transfers ``engine
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -31,24 +32,30 @@ if TYPE_CHECKING:
 
     from xferd.api import types as t
     from xferd.api.descriptors import DescriptorList
+    from xferd.api.ring import RingSizes
     from xferd.daemon.doctor_facts import Doctor
     from xferd.daemon.engine.desk import TransferDesk
     from xferd.daemon.engine.lists import ListBook
     from xferd.daemon.engine.notifications import Inboxes
     from xferd.daemon.engine.planner import Planner
     from xferd.daemon.memory.desk import MemoryDesk
+    from xferd.daemon.memory.handover import HandOverDesk
+    from xferd.daemon.memory.objects import ObjectDesk
     from xferd.daemon.memory.pool import HostPool
     from xferd.daemon.memory.regions import RegionTable
     from xferd.daemon.memory.staging import StagingPool
     from xferd.daemon.peers.manager import PeerManager
     from xferd.daemon.peers.serving import PeerServing
+    from xferd.daemon.rings.desk import RingDesk
+    from xferd.daemon.rings.ring import RingCounters
     from xferd.daemon.sessions.desk import SessionDesk
+    from xferd.daemon.storage.desk import StorageDesk
     from xferd.metadata.base import Store
     from xferd.plugins.base import Backend
 
 log = structlog.get_logger(__name__)
 
-SPACE_NAMES = {"mapped": "DRAM", "process": "DRAM(private)", "file": "FILE", "remote": "remote"}
+SPACE_NAMES = {"mapped": "DRAM", "process": "DRAM(private)", "file": "FILE", "object": "OBJECT", "remote": "remote"}
 
 
 class Service:
@@ -60,7 +67,11 @@ class Service:
         me: Callable[[], NodeInfo],
         sessions: SessionDesk,
         memory: MemoryDesk,
+        handovers: HandOverDesk,
+        objects: ObjectDesk,
         transfers: TransferDesk,
+        rings: RingDesk,
+        storage: StorageDesk,
         lists: ListBook,
         planner: Planner,
         inboxes: Inboxes,
@@ -81,7 +92,11 @@ class Service:
         self._me = me
         self._sessions = sessions
         self._memory = memory
+        self._handovers = handovers
+        self._objects = objects
         self._transfers = transfers
+        self._rings = rings
+        self._storage = storage
         self._lists = lists
         self._planner = planner
         self._inboxes = inboxes
@@ -133,15 +148,15 @@ class Service:
     # ------------------------------------------------------------------------------------ Memory
 
     async def allocate(self, caller: t.Caller, request: t.AllocateRequest) -> RegionListing:
-        self._check_open()
+        self.check_open()
         return await self._memory.allocate(caller, request)
 
     async def register_private(self, caller: t.Caller, request: t.RegisterPrivateRequest) -> t.RegionInfo:
-        self._check_open()
+        self.check_open()
         return await self._memory.register_private(caller, request)
 
     async def register_file(self, caller: t.Caller, request: t.RegisterFileRequest) -> t.RegionInfo:
-        self._check_open()
+        self.check_open()
         return await self._memory.register_file(caller, request)
 
     async def register_memfd(
@@ -154,12 +169,35 @@ class Service:
     ) -> t.RegionInfo:
         return await self._memory.register_fd(caller, fd, nbytes, writable, access, label)
 
+    def open_ring(self, caller: t.Caller, version: int, sizes: RingSizes) -> tuple[int, tuple[int, int, int]]:
+        self.check_open()
+        return self._rings.open_ring(caller, version, sizes)
+
     def pool_fd(self, caller: t.Caller, pool: str) -> tuple[t.PoolInfo, int]:
         del caller  # who may attach may map: pools are shared by those whom the session socket admits
         return self._memory.pool_fd(pool)
 
     async def free(self, caller: t.Caller, regions: Sequence[t.RegionId]) -> None:
         await self._memory.free(caller, regions)
+
+    async def register_object(self, caller: t.Caller, request: t.RegisterObjectRequest) -> t.RegionInfo:
+        self.check_open()
+        return await self._objects.register_object(caller, request)
+
+    async def query(self, caller: t.Caller, items: Sequence[t.QueryItem]) -> list[t.QueryResult]:
+        return await self._objects.query(caller, items)
+
+    async def delete_objects(self, caller: t.Caller, store: str, keys: Sequence[str]) -> None:
+        self.check_open()
+        await self._objects.delete_objects(caller, store, keys)
+
+    async def list_objects(self, caller: t.Caller, query: t.ObjectQuery) -> t.ObjectPage:
+        return await self._objects.list_objects(caller, query)
+
+    async def hand_over(self, caller: t.Caller, request: t.HandOverRequest) -> RegionListing:
+        listing = self._handovers.hand_over(caller, request)
+        await self._storage.handed_over(listing.regions)
+        return listing
 
     async def regions(self, caller: t.Caller, query: RegionQuery) -> RegionListing:
         me = self._me()
@@ -182,23 +220,23 @@ class Service:
         return await self._memory.write_region(caller, region, offset, data)
 
     def pools(self) -> list[t.PoolInfo]:
-        return [pool.info() for pool in self._pools.values()]
+        return [*(pool.info() for pool in self._pools.values()), *self._storage.infos()]
 
     # ------------------------------------------------------------------------------------ Transfers
 
     async def prepare(self, caller: t.Caller, descriptors: DescriptorList) -> t.PreparedInfo:
-        self._check_open()
+        self.check_open()
         return await self._lists.prepare(session_of(caller), descriptors, self._clock())
 
     async def release_prepared(self, caller: t.Caller, handles: Sequence[t.PreparedHandle]) -> None:
         self._lists.release(session_of(caller), handles)
 
     async def submit(self, caller: t.Caller, request: t.TransferRequest) -> t.TransferStatus:
-        self._check_open()
+        self.check_open()
         return await self._transfers.submit(caller, request)
 
     async def post(self, caller: t.Caller, transfer: t.TransferId) -> t.TransferStatus:
-        self._check_open()
+        self.check_open()
         return self._transfers.post(caller, transfer)
 
     def poll(self, caller: t.Caller, transfers: Sequence[t.TransferId]) -> list[t.TransferStatus]:
@@ -314,9 +352,21 @@ class Service:
     def degraded(self) -> str:
         return self._store.health()
 
+    def handed_over(self) -> tuple[int, int]:
+        """Return how many regions, and bytes of them, changed their owner since the start, for metrics."""
+        return self._handovers.given_regions, self._handovers.given_nbytes
+
+    def integrity_failures(self) -> dict[str, int]:
+        """Return how many reads each backend found not to be what was written, for metrics."""
+        return {name: backend.statistics().integrity_failures for name, backend in self._backends.items()}
+
     def peer_losses(self) -> int:
         """Return how many connected peers were lost since the start, for metrics."""
         return self._peers.losses
+
+    def rings(self) -> tuple[int, RingCounters]:
+        """Return how many rings are open, and what all rings did since the start, for metrics."""
+        return len(self._rings), self._rings.counters
 
     def store_statistics(self) -> Mapping[str, float]:
         """Return the store's own counters, for metrics."""
@@ -343,12 +393,30 @@ class Service:
             )
         return infos
 
+    def storage(self) -> list[t.StorageInfo]:
+        return self._storage.statistics()
+
+    async def scrub_storage(self, pool: str) -> t.StorageInfo:
+        return await self._storage.scrub(pool)
+
+    def routes(self) -> list[t.RouteCost]:
+        return [
+            replace(row, source=SPACE_NAMES.get(row.source, row.source), target=SPACE_NAMES.get(row.target, row.target))
+            for row in self._planner.learned()
+        ]
+
     def holds(self) -> list[HoldInfo]:
         prepared = [
             HoldInfo("prepared", str(entry.info.handle), entry.session, f"{entry.info.count} rows", entry.since, 0.0)
             for entry in self._lists.entries()
         ]
-        return [*self._regions.registrations(), *self._regions.holds(), *prepared, *self._staging.holds()]
+        return [
+            *self._regions.registrations(),
+            *self._regions.holds(),
+            *prepared,
+            *self._rings.holds(),
+            *self._staging.holds(),
+        ]
 
     def set_metrics(self, metrics: Callable[[], bytes]) -> None:
         """Take the function that makes the metrics; it reads this service, so it comes after it."""
@@ -407,7 +475,8 @@ class Service:
             self._serving.refuse("")
         self._drain_changed(False)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise ``Unavailable`` while no new work is taken."""
         if self._refusal:
             raise Unavailable(
                 f"node {self._me().name} takes no new work: {self._refusal}", remedy="use another node, or wait"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from pydantic import BaseModel
 
@@ -32,6 +32,7 @@ class SpaceKind(enum.Enum):
     MAPPED = "mapped"  # memory of this process
     PROCESS = "process"  # private memory of another process of this node
     FILE = "file"  # an open file
+    OBJECT = "object"  # an object in a configured store
     REMOTE = "remote"  # regions of another node
 
 
@@ -73,6 +74,42 @@ class FileSpace:
         return "FILE"
 
 
+class ObjectVersion:
+    """Which version of an object a region means: pinned when it is registered, moved on by the region's own writes.
+
+    Attributes:
+        etag: as the store gives it; "" where the object is not there yet, or the store has none.
+        nbytes: size of that version; 0 where it is not there yet.
+    """
+
+    __slots__ = ("etag", "nbytes")
+
+    def __init__(self, etag: str = "", nbytes: int = 0) -> None:
+        self.etag = etag
+        self.nbytes = nbytes
+
+    def __repr__(self) -> str:
+        return f"ObjectVersion({self.etag!r}, {self.nbytes})"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectSpace:
+    """An object in a store: positions are offsets in it.
+
+    ``nbytes`` is the region's size, which is what a write of the whole has. Two registrations of one key are two
+    spaces: each has pinned a version of its own.
+    """
+
+    store: str
+    key: str
+    nbytes: int
+    version: ObjectVersion
+    kind: ClassVar[SpaceKind] = SpaceKind.OBJECT
+
+    def __str__(self) -> str:
+        return "OBJECT"
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteSpace:
     """Regions of another node at one epoch: positions are offsets, and the extent has a region column too.
@@ -89,7 +126,7 @@ class RemoteSpace:
         return f"{self.memory}@{self.node}"
 
 
-Space: TypeAlias = MappedSpace | ProcessSpace | FileSpace | RemoteSpace
+Space: TypeAlias = MappedSpace | ProcessSpace | FileSpace | ObjectSpace | RemoteSpace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,6 +188,44 @@ class Chunk:
     agent: str = ""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LegScope:
+    """One leg of a transfer as a backend that is transactional sees it: all that its chunks are going to move.
+
+    ``source`` or ``target`` is None where it is staging memory, which is another piece for each chunk.
+    """
+
+    source: Extent | None
+    target: Extent | None
+    nbytes: int
+    transfer_id: str
+    cause_id: str
+    agent: str = ""
+
+
+class OpenLeg(abc.ABC):
+    """A leg under way; the runner moves its chunks by this, and ends it by ``commit`` or by ``abort``, never both."""
+
+    @abc.abstractmethod
+    async def move(self, chunk: Chunk) -> int:
+        """Move one chunk; the promises are those of ``Backend.move``. What was moved may not be visible yet.
+
+        Chunks may be started in any number at once, but in the order of their bytes; a later one may wait for an
+        earlier one.
+        """
+
+    @abc.abstractmethod
+    async def commit(self) -> None:
+        """Make visible what was moved, as a whole. Called once every chunk has moved; waits as long as it takes.
+
+        When it raises nothing of the leg is visible, and nothing is left behind; no ``abort`` follows.
+        """
+
+    @abc.abstractmethod
+    async def abort(self) -> None:
+        """Drop what was moved. Called when no chunk is under way, also where none ever was; does not raise."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackendStatistics:
     """Counters since start; the daemon exports them as metrics."""
@@ -160,6 +235,15 @@ class BackendStatistics:
     failures: int = 0
     busy: int = 0
     slots: int = 0
+    integrity_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SlotClass:
+    """What a chunk competes for: chunks of one class share ``slots`` places, those of other classes have their own."""
+
+    name: str
+    slots: int
 
 
 class Backend(abc.ABC):
@@ -177,6 +261,10 @@ class Backend(abc.ABC):
     is_restartable: ClassVar[bool] = True
     """Whether a chunk may be moved again after a failure, on this or another route. If false the daemon fails the
     transfer at the first error."""
+
+    is_transactional: ClassVar[bool] = False
+    """Whether a leg must be opened (``open_leg``) before its chunks move, because what it writes appears as a whole or
+    not at all. If false the runner calls ``move`` for each chunk, and nothing else."""
 
     @abc.abstractmethod
     async def start(self) -> None:
@@ -196,6 +284,13 @@ class Backend(abc.ABC):
             return ""
         return f"cannot move {source.kind.value} to {target.kind.value}"
 
+    def manner(self, source: Space, target: Space) -> str:
+        """Return how it moves between two spaces that it does not refuse, where it has a choice; for ``explain``.
+
+        A few words, or ""; called by the planner, must not block.
+        """
+        return ""
+
     @abc.abstractmethod
     def estimate_s(self, source: Space, target: Space, nbytes: int, pieces: int) -> float:
         """Return the expected seconds for one transfer, before anything was measured."""
@@ -203,6 +298,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def slots(self, source: Space, target: Space) -> int:
         """Return how many chunks between these spaces make sense at once; the scheduler gives no more."""
+
+    def slot_class(self, source: Space, target: Space, nbytes: int, pieces: int) -> SlotClass:
+        """Return which slots a move of this size takes; for backends whose small chunks never queue behind large ones.
+
+        ``pieces`` counts the rows of both sides. Called by the planner; one class with all ``slots`` by default.
+        """
+        return SlotClass("", self.slots(source, target))
 
     @abc.abstractmethod
     async def move(self, chunk: Chunk) -> int:
@@ -216,9 +318,78 @@ class Backend(abc.ABC):
             MoveFailed, PeerLost, Stale, PermissionDenied, OutOfBounds: as they say.
         """
 
+    def move_now(self, source: Extent, target: Extent) -> Callable[[], int] | None:
+        """Return a call that moves all bytes at once, or None where ``move`` must be used.
+
+        The call never blocks, takes about 10 us at most, and returns the bytes moved, which are all of them; it counts
+        in ``statistics`` as a chunk. It is made once for a plan, and called on the event loop as often as the plan
+        is posted, as long as the regions are held. Errors as with ``move``.
+        """
+        return None
+
+    def arrange(self, source: Extent, target: Extent) -> tuple[Extent, Extent]:
+        """Return the two sides of a leg in the order in which this backend wants them; both keep their bytes.
+
+        Called by the planner before it cuts chunks, where the backend is the last hop of the leg's first route.
+
+        Raises:
+            InvalidArgument: this backend can never move these spans, for example a part of what it writes as a whole.
+        """
+        return source, target
+
+    async def open_leg(self, scope: LegScope) -> OpenLeg:
+        """Begin a leg; called by the runner before its first chunk, where ``is_transactional``. Cancel-safe.
+
+        Raises:
+            InvalidArgument: see ``arrange``.
+            Others: as ``move`` does.
+        """
+        raise NotImplementedError(f"{self.name} is not transactional")
+
     @abc.abstractmethod
     def statistics(self) -> BackendStatistics:
         """Return counters; cheap, called at each scrape."""
+
+
+# --------------------------------------------------------------------------------------- objects
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectFacts:
+    """What a store says of an object. ``modified_at`` is UNIX time."""
+
+    key: str
+    nbytes: int
+    modified_at: float
+    etag: str = ""
+
+
+class ObjectCatalog(abc.ABC):
+    """What can be asked of object stores beside moving bytes. The ``object`` backend is one, as well as a ``Backend``.
+
+    Every method may raise ``NotFound`` (no such store, or bucket), ``PermissionDenied``, ``Unauthenticated``,
+    ``InvalidArgument`` (a key that no store takes), ``Overloaded`` and ``MoveFailed``. All are cancel-safe.
+    """
+
+    @abc.abstractmethod
+    def stores(self) -> tuple[str, ...]:
+        """Return the names of the configured stores."""
+
+    @abc.abstractmethod
+    def check_writable(self, store: str) -> None:
+        """Raise ``PermissionDenied`` where the store is configured to be read only."""
+
+    @abc.abstractmethod
+    async def find_object(self, store: str, key: str) -> ObjectFacts | None:
+        """Return the facts of an object; None where there is none of this key."""
+
+    @abc.abstractmethod
+    async def delete_objects(self, store: str, keys: Sequence[str]) -> None:
+        """Delete objects; those that are not there are fine. Where it raises, some may be gone."""
+
+    @abc.abstractmethod
+    async def list_objects(self, store: str, prefix: str, after: str, limit: int) -> tuple[ObjectFacts, ...]:
+        """Return at most ``limit`` objects whose keys begin with ``prefix`` and come after ``after``, in key order."""
 
 
 # --------------------------------------------------------------------------------------- between nodes

@@ -10,7 +10,7 @@ from xferd.plugins.base import Backend
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from xferd.plugins.base import Space, SpaceKind
+    from xferd.plugins.base import Extent, LegScope, OpenLeg, SlotClass, Space, SpaceKind
 
 
 class BackendDecorator(Backend):
@@ -24,6 +24,7 @@ class BackendDecorator(Backend):
         self.inner = inner
         self._owns_inner = owns_inner
         self.is_restartable = inner.is_restartable  # type: ignore[misc]  # a constant, here of the instance
+        self.is_transactional = inner.is_transactional  # type: ignore[misc]  # as above
 
     @classmethod
     @abc.abstractmethod
@@ -48,6 +49,18 @@ class BackendDecorator(Backend):
         """Return the inner backend's refusal."""
         return self.inner.refusal(source, target)
 
+    def manner(self, source: Space, target: Space) -> str:
+        """Return the inner backend's manner."""
+        return self.inner.manner(source, target)
+
+    def arrange(self, source: Extent, target: Extent) -> tuple[Extent, Extent]:
+        """Return what the inner backend makes of a leg."""
+        return self.inner.arrange(source, target)
+
+    async def open_leg(self, scope: LegScope) -> OpenLeg:
+        """Open the inner backend's leg, which this does not change: its chunks go past ``move``."""
+        return await self.inner.open_leg(scope)
+
     def estimate_s(self, source: Space, target: Space, nbytes: int, pieces: int) -> float:
         """Return the inner backend's estimate."""
         return self.inner.estimate_s(source, target, nbytes, pieces)
@@ -55,3 +68,7 @@ class BackendDecorator(Backend):
     def slots(self, source: Space, target: Space) -> int:
         """Return the inner backend's slots."""
         return self.inner.slots(source, target)
+
+    def slot_class(self, source: Space, target: Space, nbytes: int, pieces: int) -> SlotClass:
+        """Return the inner backend's slot class."""
+        return self.inner.slot_class(source, target, nbytes, pieces)

@@ -27,6 +27,7 @@ BUILT_IN: Mapping[str, str] = {
     "local": "xferd.plugins.local:LocalBackend",
     "posix": "xferd.plugins.posix:PosixBackend",
     "tcp": "xferd.plugins.tcp:TcpBackend",
+    "object": "xferd.plugins.object:ObjectBackend",
     "faulty": "xferd.plugins.faulty:FaultyBackend",
 }
 """Name, as in the configuration, to "module:class". An optional one has an extra of the same name in pyproject.toml."""

@@ -23,16 +23,12 @@ from xferd.api.descriptors import pair
 from xferd.api.errors import MoveFailed, PeerLost, ShortTransfer, XferdError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from xferd.plugins.base import IovTable
 
 IOV_MAX = 1024
 """Rows that one system call takes (``UIO_MAXIOV``)."""
-
-MEMMOVE_MAX_PIECES = 4
-MEMMOVE_MIN_NBYTES = 4 << 20
-"""When ``copy_mapped`` takes ``memmove``: at most so many pieces, of at least so many bytes on average."""
 
 MAX_CALL_NBYTES = 0x7FFF_F000
 """Bytes that one system call moves at most (``MAX_RW_COUNT``)."""
@@ -52,12 +48,12 @@ _process_vm_readv.restype = _ssize
 _process_vm_writev = _libc.process_vm_writev
 _process_vm_writev.argtypes = [_int, _ptr, _ulong, _ptr, _ulong, _ulong]
 _process_vm_writev.restype = _ssize
-_preadv = _libc.preadv64
-_preadv.argtypes = [_int, _ptr, _int, _off]
-_preadv.restype = _ssize
-_pwritev = _libc.pwritev64
-_pwritev.argtypes = [_int, _ptr, _int, _off]
-_pwritev.restype = _ssize
+preadv = _libc.preadv64
+preadv.argtypes = [_int, _ptr, _int, _off]
+preadv.restype = _ssize
+pwritev = _libc.pwritev64
+pwritev.argtypes = [_int, _ptr, _int, _off]
+pwritev.restype = _ssize
 _sendmsg = _libc.sendmsg
 _sendmsg.argtypes = [_int, _ptr, _int]
 _sendmsg.restype = _ssize
@@ -81,11 +77,6 @@ class _MessageHeader(ctypes.Structure):
         ("controllen", ctypes.c_size_t),
         ("flags", ctypes.c_int),
     )
-
-
-_memmove = _libc.memmove
-_memmove.argtypes = [_ptr, _ptr, ctypes.c_size_t]
-_memmove.restype = _ptr
 
 
 def advance(iov: IovTable, moved: int) -> IovTable:
@@ -126,6 +117,8 @@ def split(iov: IovTable, nbytes: int) -> tuple[IovTable, IovTable]:
 
 def total_nbytes(iov: IovTable) -> int:
     """Return the sum of a table's rows."""
+    if len(iov) == 1:
+        return int(iov[0, 1])
     return int(iov[:, 1].sum())
 
 
@@ -154,7 +147,7 @@ def copy_process(local: IovTable, remote: IovTable, pid: int, *, write: bool, pi
                 remedy="register the memory again from the new process",
             )
         if moved <= 0:
-            raise _failed("process_vm_writev" if write else "process_vm_readv", code or errno.EFAULT, done, want)
+            raise call_failed("process_vm_writev" if write else "process_vm_readv", code or errno.EFAULT, done, want)
         done += moved
         if done < want:
             local, remote = advance(local, moved), advance(remote, moved)
@@ -164,27 +157,6 @@ def copy_process(local: IovTable, remote: IovTable, pid: int, *, write: bool, pi
 def copy_local(source: IovTable, target: IovTable) -> int:
     """Copy within this process; an unmapped page is an error, where a memcpy would be killed by SIGBUS."""
     return copy_process(target, source, os.getpid(), write=False)
-
-
-def copy_mapped(source: IovTable, target: IovTable) -> int:
-    """Copy between mappings of this process that are sure to stay whole; returns the bytes copied, all of them.
-
-    Few large pieces go by ``memmove``: 14 GB/s for one of 256 MiB where ``process_vm_readv`` makes 9.7, a tenth to a
-    quarter more for pieces of 8 MiB, less than it for pieces of 2. Many pieces do not: each call takes the
-    interpreter lock again, which beside a busy thread cost 255 ms for 128 pieces, where one vectored call took 7.
-
-    Whole means: a memory file that backs a mapping must be sealed against shrinking, or the process is killed.
-    """
-    rows = len(source) + len(target) - 1
-    nbytes = total_nbytes(source)
-    if rows > MEMMOVE_MAX_PIECES or nbytes < rows * MEMMOVE_MIN_NBYTES:
-        return copy_local(source, target)
-    cuts = pair(source[:, 1], target[:, 1])
-    starts = source[cuts.left, 0] + cuts.left_skip
-    places = target[cuts.right, 0] + cuts.right_skip
-    for place, start, size in zip(places.tolist(), starts.tolist(), cuts.nbytes.tolist(), strict=True):
-        _memmove(place, start, size)
-    return nbytes
 
 
 def read_file(fd: int, offset: int, target: IovTable) -> int:
@@ -197,12 +169,12 @@ def read_file(fd: int, offset: int, target: IovTable) -> int:
     want, done = total_nbytes(target), 0
     while done < want:
         part = target[:IOV_MAX]
-        moved = _preadv(fd, part.ctypes.data, len(part), offset + done)
+        moved = preadv(fd, part.ctypes.data, len(part), offset + done)
         if moved < 0:
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue
-            raise _failed("preadv", code, done, want)
+            raise call_failed("preadv", code, done, want)
         if moved == 0:
             raise ShortTransfer(
                 f"the file {_path_of(fd)} ended after {done} of {want} bytes at offset {offset}",
@@ -224,67 +196,130 @@ def write_file(fd: int, offset: int, source: IovTable) -> int:
     want, done = total_nbytes(source), 0
     while done < want:
         part = source[:IOV_MAX]
-        moved = _pwritev(fd, part.ctypes.data, len(part), offset + done)
+        moved = pwritev(fd, part.ctypes.data, len(part), offset + done)
         if moved <= 0:
             code = ctypes.get_errno() if moved < 0 else errno.EIO
             if code == errno.EINTR:
                 continue
-            raise _failed("pwritev", code, done, want)
+            raise call_failed("pwritev", code, done, want)
         done += moved
         if done < want:
             source = advance(source, moved)
     return done
 
 
-def send_all(sock_fd: int, source: IovTable) -> int:
+def send_all(sock_fd: int, source: IovTable, *, more: bool = False, turn_nbytes: int = MAX_CALL_NBYTES) -> int:
     """Send a table's bytes on a blocking stream socket; returns their number, all of them.
 
-    To break it off from another thread, shut the socket down.
+    To break it off from another thread, shut the socket down. ``more`` says that something follows at once: what does
+    not fill a packet then waits for it, so that the other side is woken once (``MSG_MORE``). ``turn_nbytes`` is the
+    most that one call moves; see ``turns``.
 
     Raises:
         PeerLost: the connection broke; part of the bytes may have arrived.
         MoveFailed: the memory cannot be read. The stream is out of step then, and good for nothing more.
     """
-    want, done, message = total_nbytes(source), 0, _MessageHeader()
-    while done < want:
-        part = source[:IOV_MAX]
-        message.iov, message.iovlen = part.ctypes.data, len(part)
-        moved = _sendmsg(sock_fd, ctypes.byref(message), socket.MSG_NOSIGNAL)
-        if moved < 0:
-            code = ctypes.get_errno()
-            if code == errno.EINTR:
-                continue
-            raise _socket_failed("sendmsg", code, done, want)
-        done += moved
-        if done < want:
-            source = advance(source, moved)
-    return done
+    last = socket.MSG_NOSIGNAL | (socket.MSG_MORE if more else 0)
+    # Only the last call may end with a packet that is not full.
+    return _stream(_sendmsg, sock_fd, source, socket.MSG_NOSIGNAL | socket.MSG_MORE, last, turn_nbytes)
 
 
-def recv_all(sock_fd: int, target: IovTable) -> int:
+def recv_all(sock_fd: int, target: IovTable, *, turn_nbytes: int = MAX_CALL_NBYTES) -> int:
     """Fill a table from a blocking stream socket; returns the bytes received, all of them.
 
     ``MSG_WAITALL`` makes the kernel fill up to 1024 rows in one call: that the stream comes in small pieces costs
-    no trips through the interpreter. To break it off from another thread, shut the socket down.
+    no trips through the interpreter. To break it off from another thread, shut the socket down. ``turn_nbytes`` is
+    the most that one call moves; see ``turns``.
 
     Raises:
         PeerLost: the connection broke or ended before; part of the bytes may be in place.
         MoveFailed: the memory cannot be written. The stream is out of step then, and good for nothing more.
     """
-    want, done, message = total_nbytes(target), 0, _MessageHeader()
-    while done < want:
-        part = target[:IOV_MAX]
-        message.iov, message.iovlen = part.ctypes.data, len(part)
-        moved = _recvmsg(sock_fd, ctypes.byref(message), socket.MSG_WAITALL)
-        if moved <= 0:
-            code = ctypes.get_errno() if moved < 0 else 0
-            if code == errno.EINTR:
-                continue
-            raise _socket_failed("recvmsg", code, done, want)
-        done += moved
-        if done < want:
-            target = advance(target, moved)
+    return _stream(_recvmsg, sock_fd, target, socket.MSG_WAITALL, socket.MSG_WAITALL, turn_nbytes)
+
+
+def turns(table: IovTable, turn_nbytes: int) -> Iterator[IovTable]:
+    """Cut a table into successive ones that a system call may take: at most ``IOV_MAX`` rows and ``turn_nbytes``.
+
+    A kernel without preemption runs a call to its end, and a call that copies 8 MiB keeps everybody else off its core
+    for 3 ms. So a thread that moves much in the background takes turns.
+    """
+    if len(table) <= IOV_MAX and total_nbytes(table) <= turn_nbytes:
+        yield table
+        return
+    rows = _no_longer_than(table, turn_nbytes)
+    ends = np.cumsum(rows[:, 1])
+    first, start, count = 0, 0, len(rows)
+    while first < count:
+        stop = int(np.searchsorted(ends, np.uint64(start + turn_nbytes), side="right"))
+        stop = min(max(stop, first + 1), first + IOV_MAX)
+        yield rows[first:stop]
+        first, start = stop, int(ends[stop - 1])
+
+
+def _no_longer_than(table: IovTable, nbytes: int) -> IovTable:
+    """Return a table whose rows are cut to at most so many bytes."""
+    limit, sizes = np.uint64(nbytes), table[:, 1]
+    if not (sizes > limit).any():
+        return table
+    parts = ((sizes + limit - np.uint64(1)) // limit).astype(np.intp)
+    rows = np.repeat(table, parts, axis=0)
+    before = np.arange(len(rows)) - np.repeat(np.cumsum(parts) - parts, parts)
+    skip = before.astype(np.uint64) * limit
+    rows[:, 0] += skip
+    rows[:, 1] = np.minimum(rows[:, 1] - skip, limit)
+    return rows
+
+
+def _stream(
+    call: Callable[..., int], sock_fd: int, table: IovTable, flags: int, last_flags: int, turn_nbytes: int
+) -> int:
+    want, done, message = total_nbytes(table), 0, _MessageHeader()
+    for part in turns(table, turn_nbytes):
+        size = total_nbytes(part)
+        while size:
+            message.iov, message.iovlen = part.ctypes.data, len(part)
+            moved = call(sock_fd, ctypes.byref(message), last_flags if done + size == want else flags)
+            if moved <= 0:
+                code = ctypes.get_errno() if moved < 0 else 0
+                if code == errno.EINTR:
+                    continue
+                raise _socket_failed("sendmsg" if call is _sendmsg else "recvmsg", code, done, want)
+            done += moved
+            size -= moved
+            if size:
+                part = advance(part, moved)  # the call stopped short: what is left of the turn
     return done
+
+
+def send_now(sock_fd: int, source: IovTable) -> IovTable:
+    """Send what a stream socket takes without waiting; returns the rest of the table, empty if it took all.
+
+    Errors as with ``send_all``.
+    """
+    part, message = source[:IOV_MAX], _MessageHeader()
+    message.iov, message.iovlen = part.ctypes.data, len(part)
+    return _after_call(_sendmsg, sock_fd, message, source)
+
+
+def recv_now(sock_fd: int, target: IovTable) -> IovTable:
+    """Fill a table with what a stream socket holds, without waiting; returns the rest, empty if there was enough.
+
+    Errors as with ``recv_all``.
+    """
+    part, message = target[:IOV_MAX], _MessageHeader()
+    message.iov, message.iovlen = part.ctypes.data, len(part)
+    return _after_call(_recvmsg, sock_fd, message, target)
+
+
+def _after_call(call: Callable[..., int], sock_fd: int, message: _MessageHeader, table: IovTable) -> IovTable:
+    moved = call(sock_fd, ctypes.byref(message), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    if moved > 0:
+        return advance(table, moved)
+    code = ctypes.get_errno() if moved < 0 else 0
+    if code in (errno.EAGAIN, errno.EINTR):
+        return table
+    raise _socket_failed("sendmsg" if call is _sendmsg else "recvmsg", code, 0, total_nbytes(table))
 
 
 def discard(sock_fd: int, nbytes: int) -> int:
@@ -310,7 +345,7 @@ def read_file_spans(fd: int, spans: IovTable, target: IovTable) -> int:
 
     Errors as with ``read_file``. One system call per 1024 rows of memory within a span, at least one a span.
     """
-    return _move_spans(fd, spans, target, _preadv, read_file)
+    return _move_spans(fd, spans, target, preadv, read_file)
 
 
 def write_file_spans(fd: int, spans: IovTable, source: IovTable) -> int:
@@ -318,7 +353,7 @@ def write_file_spans(fd: int, spans: IovTable, source: IovTable) -> int:
 
     Errors as with ``write_file``.
     """
-    return _move_spans(fd, spans, source, _pwritev, write_file)
+    return _move_spans(fd, spans, source, pwritev, write_file)
 
 
 def _move_spans(
@@ -366,7 +401,8 @@ def _path_of(fd: int) -> str:
         return f"of descriptor {fd}"
 
 
-def _failed(call: str, code: int, done: int, want: int) -> MoveFailed:
+def call_failed(call: str, code: int, done: int, want: int) -> MoveFailed:
+    """Return the error for what the system said of a call, with what to do about it."""
     error = OSError(code, os.strerror(code))
     remedies = {
         errno.EFAULT: "the memory is no longer mapped: register it again",
@@ -384,7 +420,7 @@ def _failed(call: str, code: int, done: int, want: int) -> MoveFailed:
 
 def _socket_failed(call: str, code: int, done: int, want: int) -> XferdError:
     if code == errno.EFAULT:
-        return _failed(call, code, done, want)
+        return call_failed(call, code, done, want)
     if code == 0:
         return PeerLost(f"the connection ended after {done} of {want} bytes")
     failure = PeerLost(f"{call}: {errno.errorcode.get(code, code)} after {done} of {want} bytes")

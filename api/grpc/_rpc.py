@@ -129,7 +129,7 @@ def caller_of(engine: Sessions, context: Context) -> t.Caller:
 
 
 def reader_of(engine: Sessions, context: Context) -> t.Caller:
-    """Return who reads what sessions and operators may both read.
+    """Return who asks for what sessions and operators may both do.
 
     A token that no session has is an operator's only where an admin token is configured and equals it: an expired
     session never turns into an operator.

@@ -48,6 +48,11 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         return pb.BackendList(backends=[wire.backend_to_message(backend) for backend in self._engine.backends()])
 
     @answers
+    async def ListRoutes(self, request: pb.ListRoutesRequest, context: Context) -> pb.RouteList:
+        self._authenticate(context)
+        return pb.RouteList(routes=[wire.route_cost_to_message(row) for row in self._engine.routes()])
+
+    @answers
     async def ListTransfers(self, request: pb.ListTransfersRequest, context: Context) -> pb.TransferStatusList:
         self._authenticate(context)
         statuses = self._engine.transfers(active_only=request.active_only, agent=request.agent)
@@ -83,6 +88,16 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         if not request.level:  # a question
             return pb.SetLogLevelResponse(previous=self._engine.log_level())
         return pb.SetLogLevelResponse(previous=self._engine.set_log_level(request.level))
+
+    @answers
+    async def GetStorage(self, request: pb.GetStorageRequest, context: Context) -> pb.StorageReport:
+        self._authenticate(context)
+        return pb.StorageReport(pools=[wire.storage_to_message(info) for info in self._engine.storage()])
+
+    @answers
+    async def ScrubStorage(self, request: pb.ScrubStorageRequest, context: Context) -> pb.StoragePool:
+        self._authenticate(context)
+        return wire.storage_to_message(await self._engine.scrub_storage(request.pool))
 
     @answers
     async def Diagnose(self, request: pb.DiagnoseRequest, context: Context) -> pb.DiagnoseReport:

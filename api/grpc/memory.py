@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from xferd.api import types as t
 from xferd.api import wire
-from xferd.api.grpc._rpc import answers, caller_of, closing
+from xferd.api.grpc._rpc import answers, caller_of, closing, reader_of
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.api.proto import xferd_v1_pb2_grpc as pb_grpc
 
@@ -42,9 +42,39 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
 
     @answers
     async def Free(self, request: pb.FreeRequest, context: Context) -> pb.FreeResponse:
-        caller = caller_of(self._engine, context)
+        caller = reader_of(self._engine, context)  # an operator may free what outlived its session
         await self._engine.free(caller, [t.RegionId(region) for region in request.region])
         return pb.FreeResponse()
+
+    @answers
+    async def RegisterObject(self, request: pb.RegisterObjectRequest, context: Context) -> pb.Region:
+        caller = caller_of(self._engine, context)
+        wanted = wire.register_object_from_message(request)
+        return wire.region_to_message(await self._engine.register_object(caller, wanted))
+
+    @answers
+    async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:
+        caller = reader_of(self._engine, context)
+        items = [wire.query_item_from_message(item) for item in request.item]
+        found = await self._engine.query(caller, items)
+        return pb.QueryResponse(result=[wire.query_result_to_message(result) for result in found])
+
+    @answers
+    async def DeleteObjects(self, request: pb.DeleteObjectsRequest, context: Context) -> pb.DeleteObjectsResponse:
+        caller = reader_of(self._engine, context)
+        await self._engine.delete_objects(caller, request.store, tuple(request.key))
+        return pb.DeleteObjectsResponse()
+
+    @answers
+    async def ListObjects(self, request: pb.ListObjectsRequest, context: Context) -> pb.ObjectPage:
+        caller = reader_of(self._engine, context)
+        page = await self._engine.list_objects(caller, wire.object_query_from_message(request))
+        return wire.object_page_to_message(page)
+
+    @answers
+    async def HandOver(self, request: pb.HandOverRequest, context: Context) -> pb.RegionList:
+        caller = reader_of(self._engine, context)  # an operator may give regions of any session
+        return wire.listing_to_message(await self._engine.hand_over(caller, wire.hand_over_from_message(request)))
 
     @answers
     async def ListRegions(self, request: pb.ListRegionsRequest, context: Context) -> pb.RegionList:

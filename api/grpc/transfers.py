@@ -120,7 +120,7 @@ class NotificationServicer(pb_grpc.NotificationServiceServicer):
     @answers
     async def Send(self, request: pb.Notification, context: Context) -> pb.SendNotificationResponse:
         caller = caller_of(self._engine, context)
-        await self._engine.notify(caller, wire.notification_from_message(request))
+        await self._engine.notify(caller, wire.notification_asked_for(request))
         return pb.SendNotificationResponse()
 
     @answers

@@ -180,8 +180,8 @@ Global___OpenRing: typing_extensions.TypeAlias = OpenRing
 
 @typing.final
 class RingGrant(google.protobuf.message.Message):
-    """Three fds: the ring's memfd, the eventfd that the client writes to after submissions, and the eventfd that the daemon
-    writes to after completions.
+    """Three fds: the ring's memfd, the end of a pipe that the client writes a byte to after submissions, and the end of
+    another pipe that can be read after completions. Both ends do not block.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -207,9 +207,11 @@ class RingOptions(google.protobuf.message.Message):
     CAUSE_ID_FIELD_NUMBER: builtins.int
     BACKEND_FIELD_NUMBER: builtins.int
     NOTIFICATION_FIELD_NUMBER: builtins.int
+    VERIFY_FIELD_NUMBER: builtins.int
     key: builtins.str
     cause_id: builtins.str
     backend: builtins.str
+    verify: builtins.bool
     @property
     def notification(self) -> xferd.api.proto.xferd_v1_pb2.Notification: ...
     def __init__(
@@ -219,9 +221,10 @@ class RingOptions(google.protobuf.message.Message):
         cause_id: builtins.str = ...,
         backend: builtins.str = ...,
         notification: xferd.api.proto.xferd_v1_pb2.Notification | None = ...,
+        verify: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["notification", b"notification"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "key", b"key", "notification", b"notification"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "key", b"key", "notification", b"notification", "verify", b"verify"]) -> None: ...
 
 Global___RingOptions: typing_extensions.TypeAlias = RingOptions
 

@@ -72,6 +72,8 @@ class _RegionSourceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """a file under a configured root"""
     REGION_SOURCE_FD: _RegionSource.ValueType  # 5
     """a file whose descriptor was passed over the session socket"""
+    REGION_SOURCE_OBJECT: _RegionSource.ValueType  # 6
+    """an object in a configured store"""
 
 class RegionSource(_RegionSource, metaclass=_RegionSourceEnumTypeWrapper):
     """Where the bytes of a region live, which decides how they can be reached."""
@@ -87,6 +89,8 @@ REGION_SOURCE_PATH: RegionSource.ValueType  # 4
 """a file under a configured root"""
 REGION_SOURCE_FD: RegionSource.ValueType  # 5
 """a file whose descriptor was passed over the session socket"""
+REGION_SOURCE_OBJECT: RegionSource.ValueType  # 6
+"""an object in a configured store"""
 Global___RegionSource: typing_extensions.TypeAlias = RegionSource
 
 class _Access:
@@ -408,6 +412,7 @@ class Region(google.protobuf.message.Message):
     POOL_FIELD_NUMBER: builtins.int
     POOL_OFFSET_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
+    PERSISTENT_FIELD_NUMBER: builtins.int
     id: builtins.int
     """generation << 32 | slot; never used twice, so that a stale id is noticed"""
     node: builtins.str
@@ -427,6 +432,8 @@ class Region(google.protobuf.message.Message):
     pool_offset: builtins.int
     """where in the pool's memfd it starts; a client that mapped the pool uses it"""
     path: builtins.str
+    persistent: builtins.bool
+    """belongs to the agent: outlives its session and the daemon"""
     def __init__(
         self,
         *,
@@ -444,8 +451,9 @@ class Region(google.protobuf.message.Message):
         pool: builtins.str = ...,
         pool_offset: builtins.int = ...,
         path: builtins.str = ...,
+        persistent: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["access", b"access", "agent", b"agent", "device", b"device", "epoch", b"epoch", "id", b"id", "kind", b"kind", "label", b"label", "nbytes", b"nbytes", "node", b"node", "path", b"path", "pool", b"pool", "pool_offset", b"pool_offset", "source", b"source", "writable", b"writable"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["access", b"access", "agent", b"agent", "device", b"device", "epoch", b"epoch", "id", b"id", "kind", b"kind", "label", b"label", "nbytes", b"nbytes", "node", b"node", "path", b"path", "persistent", b"persistent", "pool", b"pool", "pool_offset", b"pool_offset", "source", b"source", "writable", b"writable"]) -> None: ...
 
 Global___Region: typing_extensions.TypeAlias = Region
 
@@ -479,10 +487,13 @@ class AllocateRequest(google.protobuf.message.Message):
     NBYTES_FIELD_NUMBER: builtins.int
     ACCESS_FIELD_NUMBER: builtins.int
     LABEL_FIELD_NUMBER: builtins.int
+    PERSISTENT_FIELD_NUMBER: builtins.int
     pool: builtins.str
     """empty: the first host pool"""
     access: Global___Access.ValueType
     label: builtins.str
+    persistent: builtins.bool
+    """storage pools only: the regions outlive the session and the daemon"""
     @property
     def nbytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """one region each; sizes are rounded up to 4096"""
@@ -494,8 +505,9 @@ class AllocateRequest(google.protobuf.message.Message):
         nbytes: collections.abc.Iterable[builtins.int] | None = ...,
         access: Global___Access.ValueType = ...,
         label: builtins.str = ...,
+        persistent: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["access", b"access", "label", b"label", "nbytes", b"nbytes", "pool", b"pool"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["access", b"access", "label", b"label", "nbytes", b"nbytes", "persistent", b"persistent", "pool", b"pool"]) -> None: ...
 
 Global___AllocateRequest: typing_extensions.TypeAlias = AllocateRequest
 
@@ -717,6 +729,233 @@ class HandOverRequest(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_access", b"_access"]) -> typing.Literal["access"] | None: ...
 
 Global___HandOverRequest: typing_extensions.TypeAlias = HandOverRequest
+
+@typing.final
+class RegisterObjectRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STORE_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    WRITABLE_FIELD_NUMBER: builtins.int
+    CREATE_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
+    LABEL_FIELD_NUMBER: builtins.int
+    store: builtins.str
+    """as configured under backends.object.stores"""
+    key: builtins.str
+    """1 to 1024 bytes; below the store's own prefix"""
+    nbytes: builtins.int
+    """the region's size; 0: the object's present size"""
+    writable: builtins.bool
+    """may be written, as a whole"""
+    create: builtins.bool
+    """it need not be there yet; needs writable and nbytes"""
+    access: Global___Access.ValueType
+    label: builtins.str
+    def __init__(
+        self,
+        *,
+        store: builtins.str = ...,
+        key: builtins.str = ...,
+        nbytes: builtins.int = ...,
+        writable: builtins.bool = ...,
+        create: builtins.bool = ...,
+        access: Global___Access.ValueType = ...,
+        label: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["access", b"access", "create", b"create", "key", b"key", "label", b"label", "nbytes", b"nbytes", "store", b"store", "writable", b"writable"]) -> None: ...
+
+Global___RegisterObjectRequest: typing_extensions.TypeAlias = RegisterObjectRequest
+
+@typing.final
+class QueryItem(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    STORE_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    """a file, absolute or relative to the first root; or"""
+    store: builtins.str
+    """an object of this store"""
+    key: builtins.str
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        store: builtins.str = ...,
+        key: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["key", b"key", "path", b"path", "store", b"store"]) -> None: ...
+
+Global___QueryItem: typing_extensions.TypeAlias = QueryItem
+
+@typing.final
+class QueryRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ITEM_FIELD_NUMBER: builtins.int
+    @property
+    def item(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___QueryItem]: ...
+    def __init__(
+        self,
+        *,
+        item: collections.abc.Iterable[Global___QueryItem] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["item", b"item"]) -> None: ...
+
+Global___QueryRequest: typing_extensions.TypeAlias = QueryRequest
+
+@typing.final
+class QueryResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESULT_FIELD_NUMBER: builtins.int
+    @property
+    def result(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___QueryResult]: ...
+    def __init__(
+        self,
+        *,
+        result: collections.abc.Iterable[Global___QueryResult] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["result", b"result"]) -> None: ...
+
+Global___QueryResponse: typing_extensions.TypeAlias = QueryResponse
+
+@typing.final
+class QueryResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXISTS_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    MODIFIED_AT_FIELD_NUMBER: builtins.int
+    ETAG_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    exists: builtins.bool
+    nbytes: builtins.int
+    modified_at: builtins.float
+    """UNIX seconds"""
+    etag: builtins.str
+    """of an object"""
+    @property
+    def error(self) -> Global___ErrorDetail:
+        """set where it could not be told; the others are told all the same"""
+
+    def __init__(
+        self,
+        *,
+        exists: builtins.bool = ...,
+        nbytes: builtins.int = ...,
+        modified_at: builtins.float = ...,
+        etag: builtins.str = ...,
+        error: Global___ErrorDetail | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "etag", b"etag", "exists", b"exists", "modified_at", b"modified_at", "nbytes", b"nbytes"]) -> None: ...
+
+Global___QueryResult: typing_extensions.TypeAlias = QueryResult
+
+@typing.final
+class DeleteObjectsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STORE_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    store: builtins.str
+    @property
+    def key(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        store: builtins.str = ...,
+        key: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["key", b"key", "store", b"store"]) -> None: ...
+
+Global___DeleteObjectsRequest: typing_extensions.TypeAlias = DeleteObjectsRequest
+
+@typing.final
+class DeleteObjectsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___DeleteObjectsResponse: typing_extensions.TypeAlias = DeleteObjectsResponse
+
+@typing.final
+class ListObjectsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STORE_FIELD_NUMBER: builtins.int
+    PREFIX_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    store: builtins.str
+    prefix: builtins.str
+    after: builtins.str
+    """only keys after this one; for the next page, `next` of the one before"""
+    limit: builtins.int
+    """at most 1000; 0: 1000"""
+    def __init__(
+        self,
+        *,
+        store: builtins.str = ...,
+        prefix: builtins.str = ...,
+        after: builtins.str = ...,
+        limit: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "limit", b"limit", "prefix", b"prefix", "store", b"store"]) -> None: ...
+
+Global___ListObjectsRequest: typing_extensions.TypeAlias = ListObjectsRequest
+
+@typing.final
+class ObjectPage(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OBJECTS_FIELD_NUMBER: builtins.int
+    NEXT_FIELD_NUMBER: builtins.int
+    next: builtins.str
+    """empty where this is the last page"""
+    @property
+    def objects(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ObjectEntry]:
+        """in the order of their keys"""
+
+    def __init__(
+        self,
+        *,
+        objects: collections.abc.Iterable[Global___ObjectEntry] | None = ...,
+        next: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["next", b"next", "objects", b"objects"]) -> None: ...
+
+Global___ObjectPage: typing_extensions.TypeAlias = ObjectPage
+
+@typing.final
+class ObjectEntry(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    MODIFIED_AT_FIELD_NUMBER: builtins.int
+    ETAG_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    nbytes: builtins.int
+    modified_at: builtins.float
+    etag: builtins.str
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        nbytes: builtins.int = ...,
+        modified_at: builtins.float = ...,
+        etag: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["etag", b"etag", "key", b"key", "modified_at", b"modified_at", "nbytes", b"nbytes"]) -> None: ...
+
+Global___ObjectEntry: typing_extensions.TypeAlias = ObjectEntry
 
 @typing.final
 class DescriptorList(google.protobuf.message.Message):
@@ -968,6 +1207,7 @@ class SubmitRequest(google.protobuf.message.Message):
     BACKEND_FIELD_NUMBER: builtins.int
     HOLD_FIELD_NUMBER: builtins.int
     WAIT_S_FIELD_NUMBER: builtins.int
+    VERIFY_FIELD_NUMBER: builtins.int
     op: Global___TransferOp.ValueType
     key: builtins.str
     """idempotency: the same key in this session gives the same transfer"""
@@ -980,6 +1220,8 @@ class SubmitRequest(google.protobuf.message.Message):
     """pins the route's moving backend; empty: the planner chooses"""
     hold: builtins.bool
     wait_s: builtins.float
+    verify: builtins.bool
+    """what is read from storage pools is compared with its checksums before DONE"""
     @property
     def local(self) -> Global___DescriptorList: ...
     @property
@@ -1004,9 +1246,10 @@ class SubmitRequest(google.protobuf.message.Message):
         backend: builtins.str = ...,
         hold: builtins.bool = ...,
         wait_s: builtins.float = ...,
+        verify: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["local", b"local", "notification", b"notification", "remote", b"remote"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "hold", b"hold", "key", b"key", "local", b"local", "notification", b"notification", "op", b"op", "priority", b"priority", "remote", b"remote", "timeout_s", b"timeout_s", "wait_s", b"wait_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "hold", b"hold", "key", b"key", "local", b"local", "notification", b"notification", "op", b"op", "priority", b"priority", "remote", b"remote", "timeout_s", b"timeout_s", "verify", b"verify", "wait_s", b"wait_s"]) -> None: ...
 
 Global___SubmitRequest: typing_extensions.TypeAlias = SubmitRequest
 
@@ -1823,6 +2066,8 @@ class PoolInfo(google.protobuf.message.Message):
     PEAK_USED_NBYTES_FIELD_NUMBER: builtins.int
     FAILED_ALLOCATIONS_FIELD_NUMBER: builtins.int
     MAPPABLE_FIELD_NUMBER: builtins.int
+    HUGE_NBYTES_FIELD_NUMBER: builtins.int
+    HUGE_REFUSAL_FIELD_NUMBER: builtins.int
     name: builtins.str
     kind: Global___MemoryKind.ValueType
     nbytes: builtins.int
@@ -1835,6 +2080,10 @@ class PoolInfo(google.protobuf.message.Message):
     peak_used_nbytes: builtins.int
     failed_allocations: builtins.int
     mappable: builtins.bool
+    huge_nbytes: builtins.int
+    """in pages of 2 MiB, as far as the daemon saw to it"""
+    huge_refusal: builtins.str
+    """why the kernel makes no such pages, or "" """
     def __init__(
         self,
         *,
@@ -1849,8 +2098,10 @@ class PoolInfo(google.protobuf.message.Message):
         peak_used_nbytes: builtins.int = ...,
         failed_allocations: builtins.int = ...,
         mappable: builtins.bool = ...,
+        huge_nbytes: builtins.int = ...,
+        huge_refusal: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["allocations", b"allocations", "failed_allocations", b"failed_allocations", "fragmentation", b"fragmentation", "free_nbytes", b"free_nbytes", "kind", b"kind", "largest_free_nbytes", b"largest_free_nbytes", "mappable", b"mappable", "name", b"name", "nbytes", b"nbytes", "peak_used_nbytes", b"peak_used_nbytes", "used_nbytes", b"used_nbytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allocations", b"allocations", "failed_allocations", b"failed_allocations", "fragmentation", b"fragmentation", "free_nbytes", b"free_nbytes", "huge_nbytes", b"huge_nbytes", "huge_refusal", b"huge_refusal", "kind", b"kind", "largest_free_nbytes", b"largest_free_nbytes", "mappable", b"mappable", "name", b"name", "nbytes", b"nbytes", "peak_used_nbytes", b"peak_used_nbytes", "used_nbytes", b"used_nbytes"]) -> None: ...
 
 Global___PoolInfo: typing_extensions.TypeAlias = PoolInfo
 
@@ -2224,3 +2475,261 @@ class DiagnoseReport(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["checks", b"checks"]) -> None: ...
 
 Global___DiagnoseReport: typing_extensions.TypeAlias = DiagnoseReport
+
+@typing.final
+class ListRoutesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ListRoutesRequest: typing_extensions.TypeAlias = ListRoutesRequest
+
+@typing.final
+class RouteCost(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUTE_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    PEER_FIELD_NUMBER: builtins.int
+    MIN_NBYTES_FIELD_NUMBER: builtins.int
+    MAX_NBYTES_FIELD_NUMBER: builtins.int
+    BYTES_PER_S_FIELD_NUMBER: builtins.int
+    FACTOR_FIELD_NUMBER: builtins.int
+    MEASUREMENTS_FIELD_NUMBER: builtins.int
+    AGE_S_FIELD_NUMBER: builtins.int
+    FAILURES_FIELD_NUMBER: builtins.int
+    RETRY_IN_S_FIELD_NUMBER: builtins.int
+    LAST_ERROR_FIELD_NUMBER: builtins.int
+    route: builtins.str
+    """its backends, "posix+tcp" """
+    source: builtins.str
+    """"DRAM", "FILE", "remote", ..."""
+    target: builtins.str
+    peer: builtins.str
+    """empty: within this node"""
+    min_nbytes: builtins.int
+    """the size class of transfers; 0 to 0: nothing was measured"""
+    max_nbytes: builtins.int
+    bytes_per_s: builtins.float
+    factor: builtins.float
+    """what moves took over what the backends assume, faded by its age"""
+    measurements: builtins.int
+    """transfers"""
+    age_s: builtins.float
+    """of the newest"""
+    failures: builtins.int
+    """in a row"""
+    retry_in_s: builtins.float
+    """above 0: tried last for so long"""
+    last_error: builtins.str
+    def __init__(
+        self,
+        *,
+        route: builtins.str = ...,
+        source: builtins.str = ...,
+        target: builtins.str = ...,
+        peer: builtins.str = ...,
+        min_nbytes: builtins.int = ...,
+        max_nbytes: builtins.int = ...,
+        bytes_per_s: builtins.float = ...,
+        factor: builtins.float = ...,
+        measurements: builtins.int = ...,
+        age_s: builtins.float = ...,
+        failures: builtins.int = ...,
+        retry_in_s: builtins.float = ...,
+        last_error: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_s", b"age_s", "bytes_per_s", b"bytes_per_s", "factor", b"factor", "failures", b"failures", "last_error", b"last_error", "max_nbytes", b"max_nbytes", "measurements", b"measurements", "min_nbytes", b"min_nbytes", "peer", b"peer", "retry_in_s", b"retry_in_s", "route", b"route", "source", b"source", "target", b"target"]) -> None: ...
+
+Global___RouteCost: typing_extensions.TypeAlias = RouteCost
+
+@typing.final
+class RouteList(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUTES_FIELD_NUMBER: builtins.int
+    @property
+    def routes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RouteCost]: ...
+    def __init__(
+        self,
+        *,
+        routes: collections.abc.Iterable[Global___RouteCost] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["routes", b"routes"]) -> None: ...
+
+Global___RouteList: typing_extensions.TypeAlias = RouteList
+
+@typing.final
+class GetStorageRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___GetStorageRequest: typing_extensions.TypeAlias = GetStorageRequest
+
+@typing.final
+class StorageDirectory(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    UUID_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    USED_NBYTES_FIELD_NUMBER: builtins.int
+    SLABS_FIELD_NUMBER: builtins.int
+    EXTENTS_FIELD_NUMBER: builtins.int
+    JOURNAL_NBYTES_FIELD_NUMBER: builtins.int
+    JOURNAL_BATCHES_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    WAS_CLEAN_FIELD_NUMBER: builtins.int
+    TORN_NBYTES_FIELD_NUMBER: builtins.int
+    RECOVERED_EXTENTS_FIELD_NUMBER: builtins.int
+    UNSEALED_EXTENTS_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    uuid: builtins.str
+    weight: builtins.float
+    nbytes: builtins.int
+    used_nbytes: builtins.int
+    slabs: builtins.int
+    extents: builtins.int
+    journal_nbytes: builtins.int
+    journal_batches: builtins.int
+    """group commits since the start"""
+    failure: builtins.str
+    """why nothing more can be written down; empty: all is well"""
+    was_clean: builtins.bool
+    """the last user of the directory ended in order"""
+    torn_nbytes: builtins.int
+    """cut off the journal at the start: never acknowledged"""
+    recovered_extents: builtins.int
+    """found at the start"""
+    unsealed_extents: builtins.int
+    """of those, with bytes that no transfer had proven"""
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        uuid: builtins.str = ...,
+        weight: builtins.float = ...,
+        nbytes: builtins.int = ...,
+        used_nbytes: builtins.int = ...,
+        slabs: builtins.int = ...,
+        extents: builtins.int = ...,
+        journal_nbytes: builtins.int = ...,
+        journal_batches: builtins.int = ...,
+        failure: builtins.str = ...,
+        was_clean: builtins.bool = ...,
+        torn_nbytes: builtins.int = ...,
+        recovered_extents: builtins.int = ...,
+        unsealed_extents: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["extents", b"extents", "failure", b"failure", "journal_batches", b"journal_batches", "journal_nbytes", b"journal_nbytes", "nbytes", b"nbytes", "path", b"path", "recovered_extents", b"recovered_extents", "slabs", b"slabs", "torn_nbytes", b"torn_nbytes", "unsealed_extents", b"unsealed_extents", "used_nbytes", b"used_nbytes", "uuid", b"uuid", "was_clean", b"was_clean", "weight", b"weight"]) -> None: ...
+
+Global___StorageDirectory: typing_extensions.TypeAlias = StorageDirectory
+
+@typing.final
+class StoragePool(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    VERIFY_FIELD_NUMBER: builtins.int
+    BLOCK_NBYTES_FIELD_NUMBER: builtins.int
+    EXTENTS_FIELD_NUMBER: builtins.int
+    PERSISTENT_EXTENTS_FIELD_NUMBER: builtins.int
+    EXTENTS_NBYTES_FIELD_NUMBER: builtins.int
+    SEALED_NBYTES_FIELD_NUMBER: builtins.int
+    DAMAGED_BLOCKS_FIELD_NUMBER: builtins.int
+    SEALED_TOTAL_NBYTES_FIELD_NUMBER: builtins.int
+    VERIFIED_TOTAL_NBYTES_FIELD_NUMBER: builtins.int
+    MISMATCHES_FIELD_NUMBER: builtins.int
+    SCRUB_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    SCRUB_PASSES_FIELD_NUMBER: builtins.int
+    SCRUBBED_TOTAL_NBYTES_FIELD_NUMBER: builtins.int
+    SCRUB_PASS_ENDED_AT_FIELD_NUMBER: builtins.int
+    DIRECTORIES_FIELD_NUMBER: builtins.int
+    pool: builtins.str
+    checksum: builtins.str
+    """"xxh3" or "off" """
+    verify: builtins.bool
+    """every read is compared"""
+    block_nbytes: builtins.int
+    extents: builtins.int
+    persistent_extents: builtins.int
+    extents_nbytes: builtins.int
+    sealed_nbytes: builtins.int
+    """of extents_nbytes: proven"""
+    damaged_blocks: builtins.int
+    """found not to be what was sealed, and not written since"""
+    sealed_total_nbytes: builtins.int
+    """totals are since the daemon's start"""
+    verified_total_nbytes: builtins.int
+    mismatches: builtins.int
+    scrub_bytes_per_s: builtins.int
+    """0: the scrubber is off"""
+    scrub_passes: builtins.int
+    scrubbed_total_nbytes: builtins.int
+    scrub_pass_ended_at: builtins.float
+    """0: none has"""
+    @property
+    def directories(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StorageDirectory]: ...
+    def __init__(
+        self,
+        *,
+        pool: builtins.str = ...,
+        checksum: builtins.str = ...,
+        verify: builtins.bool = ...,
+        block_nbytes: builtins.int = ...,
+        extents: builtins.int = ...,
+        persistent_extents: builtins.int = ...,
+        extents_nbytes: builtins.int = ...,
+        sealed_nbytes: builtins.int = ...,
+        damaged_blocks: builtins.int = ...,
+        sealed_total_nbytes: builtins.int = ...,
+        verified_total_nbytes: builtins.int = ...,
+        mismatches: builtins.int = ...,
+        scrub_bytes_per_s: builtins.int = ...,
+        scrub_passes: builtins.int = ...,
+        scrubbed_total_nbytes: builtins.int = ...,
+        scrub_pass_ended_at: builtins.float = ...,
+        directories: collections.abc.Iterable[Global___StorageDirectory] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_nbytes", b"block_nbytes", "checksum", b"checksum", "damaged_blocks", b"damaged_blocks", "directories", b"directories", "extents", b"extents", "extents_nbytes", b"extents_nbytes", "mismatches", b"mismatches", "persistent_extents", b"persistent_extents", "pool", b"pool", "scrub_bytes_per_s", b"scrub_bytes_per_s", "scrub_pass_ended_at", b"scrub_pass_ended_at", "scrub_passes", b"scrub_passes", "scrubbed_total_nbytes", b"scrubbed_total_nbytes", "sealed_nbytes", b"sealed_nbytes", "sealed_total_nbytes", b"sealed_total_nbytes", "verified_total_nbytes", b"verified_total_nbytes", "verify", b"verify"]) -> None: ...
+
+Global___StoragePool: typing_extensions.TypeAlias = StoragePool
+
+@typing.final
+class StorageReport(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POOLS_FIELD_NUMBER: builtins.int
+    @property
+    def pools(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StoragePool]: ...
+    def __init__(
+        self,
+        *,
+        pools: collections.abc.Iterable[Global___StoragePool] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["pools", b"pools"]) -> None: ...
+
+Global___StorageReport: typing_extensions.TypeAlias = StorageReport
+
+@typing.final
+class ScrubStorageRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: builtins.int
+    pool: builtins.str
+    def __init__(
+        self,
+        *,
+        pool: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["pool", b"pool"]) -> None: ...
+
+Global___ScrubStorageRequest: typing_extensions.TypeAlias = ScrubStorageRequest

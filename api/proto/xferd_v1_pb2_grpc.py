@@ -210,6 +210,26 @@ class MemoryServiceStub(object):
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.HandOverRequest.SerializeToString,
                 response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.FromString,
                 _registered_method=True)
+        self.RegisterObject = channel.unary_unary(
+                '/xferd.v1.MemoryService/RegisterObject',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegisterObjectRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.Region.FromString,
+                _registered_method=True)
+        self.Query = channel.unary_unary(
+                '/xferd.v1.MemoryService/Query',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.QueryRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.QueryResponse.FromString,
+                _registered_method=True)
+        self.DeleteObjects = channel.unary_unary(
+                '/xferd.v1.MemoryService/DeleteObjects',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeleteObjectsRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeleteObjectsResponse.FromString,
+                _registered_method=True)
+        self.ListObjects = channel.unary_unary(
+                '/xferd.v1.MemoryService/ListObjects',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListObjectsRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ObjectPage.FromString,
+                _registered_method=True)
 
 
 class MemoryServiceServicer(object):
@@ -283,6 +303,35 @@ class MemoryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RegisterObject(self, request, context):
+        """Registers an object of a configured store, at the version that it has now. It is read in any spans, and written as
+        a whole or not at all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Query(self, request, context):
+        """Says of files and objects, many in one call, whether they exist, how large they are and how old.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteObjects(self, request, context):
+        """Deletes objects of a store; those that are not there are fine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListObjects(self, request, context):
+        """Lists objects of a store by the beginning of their keys, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -330,6 +379,26 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.HandOver,
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.HandOverRequest.FromString,
                     response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.SerializeToString,
+            ),
+            'RegisterObject': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterObject,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegisterObjectRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.Region.SerializeToString,
+            ),
+            'Query': grpc.unary_unary_rpc_method_handler(
+                    servicer.Query,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.QueryRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.QueryResponse.SerializeToString,
+            ),
+            'DeleteObjects': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteObjects,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeleteObjectsRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeleteObjectsResponse.SerializeToString,
+            ),
+            'ListObjects': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListObjects,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListObjectsRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ObjectPage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -577,6 +646,114 @@ class MemoryService(object):
             '/xferd.v1.MemoryService/HandOver',
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.HandOverRequest.SerializeToString,
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegionList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterObject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/RegisterObject',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegisterObjectRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.Region.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Query(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/Query',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.QueryRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.QueryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteObjects(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/DeleteObjects',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeleteObjectsRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeleteObjectsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListObjects(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/ListObjects',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListObjectsRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ObjectPage.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1767,6 +1944,21 @@ class AdminServiceStub(object):
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseRequest.SerializeToString,
                 response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseReport.FromString,
                 _registered_method=True)
+        self.ListRoutes = channel.unary_unary(
+                '/xferd.v1.AdminService/ListRoutes',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListRoutesRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RouteList.FromString,
+                _registered_method=True)
+        self.GetStorage = channel.unary_unary(
+                '/xferd.v1.AdminService/GetStorage',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.GetStorageRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.StorageReport.FromString,
+                _registered_method=True)
+        self.ScrubStorage = channel.unary_unary(
+                '/xferd.v1.AdminService/ScrubStorage',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ScrubStorageRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.StoragePool.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -1844,6 +2036,27 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRoutes(self, request, context):
+        """What the planner has learned of routes, by peer, pair of places and size class, and which ones failed lately.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStorage(self, request, context):
+        """Storage pools, their directories, and how much of them is proven.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScrubStorage(self, request, context):
+        """Reads all sealed blocks of a storage pool now, as fast as its rate allows, and answers when that is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1901,6 +2114,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Diagnose,
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseRequest.FromString,
                     response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseReport.SerializeToString,
+            ),
+            'ListRoutes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRoutes,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListRoutesRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RouteList.SerializeToString,
+            ),
+            'GetStorage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStorage,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.GetStorageRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.StorageReport.SerializeToString,
+            ),
+            'ScrubStorage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScrubStorage,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ScrubStorageRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.StoragePool.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -2203,6 +2431,87 @@ class AdminService(object):
             '/xferd.v1.AdminService/Diagnose',
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseRequest.SerializeToString,
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DiagnoseReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRoutes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.AdminService/ListRoutes',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListRoutesRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RouteList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStorage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.AdminService/GetStorage',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.GetStorageRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.StorageReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScrubStorage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.AdminService/ScrubStorage',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ScrubStorageRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.StoragePool.FromString,
             options,
             channel_credentials,
             insecure,

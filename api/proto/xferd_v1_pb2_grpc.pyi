@@ -288,7 +288,71 @@ _MemoryServiceHandOverType = typing_extensions.TypeVar(
     ],
 )
 
-class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServiceRegisterPrivateType, _MemoryServiceRegisterFileType, _MemoryServiceFreeType, _MemoryServiceListRegionsType, _MemoryServiceListPoolsType, _MemoryServiceReadType, _MemoryServiceWriteType, _MemoryServiceHandOverType]):
+_MemoryServiceRegisterObjectType = typing_extensions.TypeVar(
+    '_MemoryServiceRegisterObjectType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.RegisterObjectRequest,
+        xferd.api.proto.xferd_v1_pb2.Region,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.RegisterObjectRequest,
+        xferd.api.proto.xferd_v1_pb2.Region,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.RegisterObjectRequest,
+        xferd.api.proto.xferd_v1_pb2.Region,
+    ],
+)
+
+_MemoryServiceQueryType = typing_extensions.TypeVar(
+    '_MemoryServiceQueryType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.QueryRequest,
+        xferd.api.proto.xferd_v1_pb2.QueryResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.QueryRequest,
+        xferd.api.proto.xferd_v1_pb2.QueryResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.QueryRequest,
+        xferd.api.proto.xferd_v1_pb2.QueryResponse,
+    ],
+)
+
+_MemoryServiceDeleteObjectsType = typing_extensions.TypeVar(
+    '_MemoryServiceDeleteObjectsType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.DeleteObjectsRequest,
+        xferd.api.proto.xferd_v1_pb2.DeleteObjectsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.DeleteObjectsRequest,
+        xferd.api.proto.xferd_v1_pb2.DeleteObjectsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.DeleteObjectsRequest,
+        xferd.api.proto.xferd_v1_pb2.DeleteObjectsResponse,
+    ],
+)
+
+_MemoryServiceListObjectsType = typing_extensions.TypeVar(
+    '_MemoryServiceListObjectsType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
+        xferd.api.proto.xferd_v1_pb2.ObjectPage,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
+        xferd.api.proto.xferd_v1_pb2.ObjectPage,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
+        xferd.api.proto.xferd_v1_pb2.ObjectPage,
+    ],
+)
+
+class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServiceRegisterPrivateType, _MemoryServiceRegisterFileType, _MemoryServiceFreeType, _MemoryServiceListRegionsType, _MemoryServiceListPoolsType, _MemoryServiceReadType, _MemoryServiceWriteType, _MemoryServiceHandOverType, _MemoryServiceRegisterObjectType, _MemoryServiceQueryType, _MemoryServiceDeleteObjectsType, _MemoryServiceListObjectsType]):
     """---------------------------------------------------------------------------------------------- memory"""
 
     @typing.overload
@@ -328,6 +392,22 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
         grpc.UnaryUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.HandOverRequest,
             xferd.api.proto.xferd_v1_pb2.RegionList,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.RegisterObjectRequest,
+            xferd.api.proto.xferd_v1_pb2.Region,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.QueryRequest,
+            xferd.api.proto.xferd_v1_pb2.QueryResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.DeleteObjectsRequest,
+            xferd.api.proto.xferd_v1_pb2.DeleteObjectsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
+            xferd.api.proto.xferd_v1_pb2.ObjectPage,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -369,6 +449,22 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
             xferd.api.proto.xferd_v1_pb2.HandOverRequest,
             xferd.api.proto.xferd_v1_pb2.RegionList,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.RegisterObjectRequest,
+            xferd.api.proto.xferd_v1_pb2.Region,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.QueryRequest,
+            xferd.api.proto.xferd_v1_pb2.QueryResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.DeleteObjectsRequest,
+            xferd.api.proto.xferd_v1_pb2.DeleteObjectsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
+            xferd.api.proto.xferd_v1_pb2.ObjectPage,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Allocate: _MemoryServiceAllocateType
@@ -403,6 +499,20 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
     """Gives regions of the calling session (an operator: of any) to another agent of this node, all of them or none, and
     copies nothing: they keep ids and bytes, and end with their new owner. It learns of them by a notification.
     """
+
+    RegisterObject: _MemoryServiceRegisterObjectType
+    """Registers an object of a configured store, at the version that it has now. It is read in any spans, and written as
+    a whole or not at all.
+    """
+
+    Query: _MemoryServiceQueryType
+    """Says of files and objects, many in one call, whether they exist, how large they are and how old."""
+
+    DeleteObjects: _MemoryServiceDeleteObjectsType
+    """Deletes objects of a store; those that are not there are fine."""
+
+    ListObjects: _MemoryServiceListObjectsType
+    """Lists objects of a store by the beginning of their keys, a page at a time."""
 
 MemoryServiceAsyncStub: typing_extensions.TypeAlias = MemoryServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -440,6 +550,22 @@ MemoryServiceAsyncStub: typing_extensions.TypeAlias = MemoryServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.HandOverRequest,
         xferd.api.proto.xferd_v1_pb2.RegionList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.RegisterObjectRequest,
+        xferd.api.proto.xferd_v1_pb2.Region,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.QueryRequest,
+        xferd.api.proto.xferd_v1_pb2.QueryResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.DeleteObjectsRequest,
+        xferd.api.proto.xferd_v1_pb2.DeleteObjectsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
+        xferd.api.proto.xferd_v1_pb2.ObjectPage,
     ],
 ]
 
@@ -523,6 +649,40 @@ class MemoryServiceServicer(metaclass=abc.ABCMeta):
         """Gives regions of the calling session (an operator: of any) to another agent of this node, all of them or none, and
         copies nothing: they keep ids and bytes, and end with their new owner. It learns of them by a notification.
         """
+
+    @abc.abstractmethod
+    def RegisterObject(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.RegisterObjectRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.Region, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.Region]]:
+        """Registers an object of a configured store, at the version that it has now. It is read in any spans, and written as
+        a whole or not at all.
+        """
+
+    @abc.abstractmethod
+    def Query(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.QueryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.QueryResponse, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.QueryResponse]]:
+        """Says of files and objects, many in one call, whether they exist, how large they are and how old."""
+
+    @abc.abstractmethod
+    def DeleteObjects(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.DeleteObjectsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.DeleteObjectsResponse, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.DeleteObjectsResponse]]:
+        """Deletes objects of a store; those that are not there are fine."""
+
+    @abc.abstractmethod
+    def ListObjects(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.ObjectPage, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.ObjectPage]]:
+        """Lists objects of a store by the beginning of their keys, a page at a time."""
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 
@@ -1652,7 +1812,55 @@ _AdminServiceDiagnoseType = typing_extensions.TypeVar(
     ],
 )
 
-class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetConfigType, _AdminServiceListPoolsType, _AdminServiceListSessionsType, _AdminServiceListBackendsType, _AdminServiceListTransfersType, _AdminServiceListHoldsType, _AdminServiceEndSessionType, _AdminServiceDrainType, _AdminServiceSetLogLevelType, _AdminServiceDiagnoseType]):
+_AdminServiceListRoutesType = typing_extensions.TypeVar(
+    '_AdminServiceListRoutesType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListRoutesRequest,
+        xferd.api.proto.xferd_v1_pb2.RouteList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListRoutesRequest,
+        xferd.api.proto.xferd_v1_pb2.RouteList,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListRoutesRequest,
+        xferd.api.proto.xferd_v1_pb2.RouteList,
+    ],
+)
+
+_AdminServiceGetStorageType = typing_extensions.TypeVar(
+    '_AdminServiceGetStorageType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.GetStorageRequest,
+        xferd.api.proto.xferd_v1_pb2.StorageReport,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.GetStorageRequest,
+        xferd.api.proto.xferd_v1_pb2.StorageReport,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.GetStorageRequest,
+        xferd.api.proto.xferd_v1_pb2.StorageReport,
+    ],
+)
+
+_AdminServiceScrubStorageType = typing_extensions.TypeVar(
+    '_AdminServiceScrubStorageType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ScrubStorageRequest,
+        xferd.api.proto.xferd_v1_pb2.StoragePool,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ScrubStorageRequest,
+        xferd.api.proto.xferd_v1_pb2.StoragePool,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ScrubStorageRequest,
+        xferd.api.proto.xferd_v1_pb2.StoragePool,
+    ],
+)
+
+class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetConfigType, _AdminServiceListPoolsType, _AdminServiceListSessionsType, _AdminServiceListBackendsType, _AdminServiceListTransfersType, _AdminServiceListHoldsType, _AdminServiceEndSessionType, _AdminServiceDrainType, _AdminServiceSetLogLevelType, _AdminServiceDiagnoseType, _AdminServiceListRoutesType, _AdminServiceGetStorageType, _AdminServiceScrubStorageType]):
     """---------------------------------------------------------------------------------------------- admin
 
     What an operator sees and does. Answers are the same documents that the REST face gives as JSON.
@@ -1704,6 +1912,18 @@ class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetC
             xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
             xferd.api.proto.xferd_v1_pb2.DiagnoseReport,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListRoutesRequest,
+            xferd.api.proto.xferd_v1_pb2.RouteList,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.GetStorageRequest,
+            xferd.api.proto.xferd_v1_pb2.StorageReport,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ScrubStorageRequest,
+            xferd.api.proto.xferd_v1_pb2.StoragePool,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -1752,6 +1972,18 @@ class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetC
             xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
             xferd.api.proto.xferd_v1_pb2.DiagnoseReport,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListRoutesRequest,
+            xferd.api.proto.xferd_v1_pb2.RouteList,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.GetStorageRequest,
+            xferd.api.proto.xferd_v1_pb2.StorageReport,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ScrubStorageRequest,
+            xferd.api.proto.xferd_v1_pb2.StoragePool,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Status: _AdminServiceStatusType
@@ -1779,6 +2011,15 @@ class AdminServiceStub(typing.Generic[_AdminServiceStatusType, _AdminServiceGetC
 
     Diagnose: _AdminServiceDiagnoseType
     """Looks at the daemon's surroundings now: configuration, limits, store, ports, files, peers. May take seconds."""
+
+    ListRoutes: _AdminServiceListRoutesType
+    """What the planner has learned of routes, by peer, pair of places and size class, and which ones failed lately."""
+
+    GetStorage: _AdminServiceGetStorageType
+    """Storage pools, their directories, and how much of them is proven."""
+
+    ScrubStorage: _AdminServiceScrubStorageType
+    """Reads all sealed blocks of a storage pool now, as fast as its rate allows, and answers when that is done."""
 
 AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -1824,6 +2065,18 @@ AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.DiagnoseRequest,
         xferd.api.proto.xferd_v1_pb2.DiagnoseReport,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListRoutesRequest,
+        xferd.api.proto.xferd_v1_pb2.RouteList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.GetStorageRequest,
+        xferd.api.proto.xferd_v1_pb2.StorageReport,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ScrubStorageRequest,
+        xferd.api.proto.xferd_v1_pb2.StoragePool,
     ],
 ]
 
@@ -1913,5 +2166,29 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.DiagnoseReport, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.DiagnoseReport]]:
         """Looks at the daemon's surroundings now: configuration, limits, store, ports, files, peers. May take seconds."""
+
+    @abc.abstractmethod
+    def ListRoutes(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.ListRoutesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.RouteList, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.RouteList]]:
+        """What the planner has learned of routes, by peer, pair of places and size class, and which ones failed lately."""
+
+    @abc.abstractmethod
+    def GetStorage(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.GetStorageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.StorageReport, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.StorageReport]]:
+        """Storage pools, their directories, and how much of them is proven."""
+
+    @abc.abstractmethod
+    def ScrubStorage(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.ScrubStorageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.StoragePool, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.StoragePool]]:
+        """Reads all sealed blocks of a storage pool now, as fast as its rate allows, and answers when that is done."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

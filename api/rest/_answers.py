@@ -76,6 +76,20 @@ class BackendList:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageReport:
+    """The storage pools."""
+
+    pools: tuple[t.StorageInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteList:
+    """What the planner has learned of routes."""
+
+    routes: tuple[t.RouteCost, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TransferList:
     """Transfers, as they are now."""
 
@@ -101,6 +115,13 @@ class DiagnoseReport:
     """What was looked at, what was found, and what to do about it."""
 
     checks: tuple[t.Check, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryResults:
+    """What was found of each item, in order."""
+
+    results: tuple[t.QueryResult, ...]
 
 
 @dataclass(frozen=True, slots=True)

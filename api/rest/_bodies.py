@@ -199,10 +199,11 @@ class AllocateBody(Body):
     pool: str = ""
     access: AccessName = "NONE"
     label: str = ""
+    persistent: bool = False
 
     def to_request(self) -> t.AllocateRequest:
         """Return the request of the contract."""
-        return t.AllocateRequest(self.nbytes, self.pool, t.Access[self.access], self.label)
+        return t.AllocateRequest(self.nbytes, self.pool, t.Access[self.access], self.label, self.persistent)
 
 
 class FileBody(Body):
@@ -238,7 +239,73 @@ class PrivateBody(Body):
         return t.RegisterPrivateRequest(self.address, self.nbytes, t.Access[self.access], self.label, self.writable)
 
 
-RegionBody = Annotated[AllocateBody | FileBody | PrivateBody, Field(discriminator="kind")]
+class ObjectBody(Body):
+    """An object of a configured store; `nbytes` 0 takes its present size, `create` needs `writable` and a size."""
+
+    kind: Literal["object"]
+    store: str
+    key: str
+    nbytes: Integer = 0
+    writable: bool = False
+    create: bool = False
+    access: AccessName = "NONE"
+    label: str = ""
+
+    def to_request(self) -> t.RegisterObjectRequest:
+        """Return the request of the contract."""
+        return t.RegisterObjectRequest(
+            self.store, self.key, self.nbytes, self.writable, self.create, t.Access[self.access], self.label
+        )
+
+
+RegionBody = Annotated[AllocateBody | FileBody | PrivateBody | ObjectBody, Field(discriminator="kind")]
+
+
+class ItemBody(Body):
+    """A file by `path`, or an object by `store` and `key`."""
+
+    path: str = ""
+    store: str = ""
+    key: str = ""
+
+
+class QueryBody(Body):
+    """Files and objects to look at."""
+
+    items: tuple[ItemBody, ...]
+
+    def to_items(self) -> tuple[t.QueryItem, ...]:
+        """Return the items of the contract."""
+        return tuple(t.QueryItem(item.path, item.store, item.key) for item in self.items)
+
+
+class KeysBody(Body):
+    """Objects of a store, by key."""
+
+    keys: tuple[str, ...]
+
+
+class ObjectsQuery(Query):
+    """Which objects of a store to list, and where to go on."""
+
+    prefix: str = ""
+    after: str = ""
+    limit: Annotated[int, Field(ge=0, le=1000)] = 0
+
+
+class HandOverBody(Body):
+    """Regions for another agent of this node; `access` is what others may do from now on, by default as before."""
+
+    regions: tuple[Integer, ...]
+    to: str
+    payload: Payload = b""
+    access: AccessName | None = None
+    cause_id: str = ""
+
+    def to_request(self) -> t.HandOverRequest:
+        """Return the request of the contract."""
+        access = None if self.access is None else t.Access[self.access]
+        return t.HandOverRequest(region_ids(self.regions), self.to, self.payload, access, self.cause_id)
 
 
 class FilterQuery(Query):
@@ -293,6 +360,7 @@ class TransferBody(Body):
     cause_id: str = ""
     notification: NotificationBody | None = None
     backend: str = ""
+    verify: bool = False
 
     def to_request(self, max_descriptors: int, *, hold: bool = False) -> t.TransferRequest:
         """Return the request of the contract; raises as ``DescriptorsBody.to_spec`` does."""
@@ -306,6 +374,7 @@ class TransferBody(Body):
             cause_id=self.cause_id,
             notification=self.notification.to_notification() if self.notification else None,
             backend=self.backend,
+            verify=self.verify,
             hold=hold,
         )
 

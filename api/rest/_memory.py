@@ -56,9 +56,9 @@ async def list_regions(call: Call[b.RegionsQuery, None]) -> t.RegionListing:
 
 
 async def create_regions(
-    call: Call[None, b.AllocateBody | b.FileBody | b.PrivateBody],
+    call: Call[None, b.AllocateBody | b.FileBody | b.PrivateBody | b.ObjectBody],
 ) -> t.RegionListing:
-    """Allocate a group of regions from a pool, or register a file.
+    """Allocate a group of regions from a pool, or register a file or an object.
 
     The body's `kind` says which. Private memory cannot be registered by a session that was opened over HTTP, because
     HTTP does not tell the daemon which process calls.
@@ -68,6 +68,8 @@ async def create_regions(
         return await call.engine.allocate(call.caller, body.to_request())
     if isinstance(body, b.FileBody):
         region = await call.engine.register_file(call.caller, body.to_request())
+    elif isinstance(body, b.ObjectBody):
+        region = await call.engine.register_object(call.caller, body.to_request())
     else:
         region = await call.engine.register_private(call.caller, body.to_request())
     return t.RegionListing(region.node, region.epoch, (region,))
@@ -79,8 +81,36 @@ async def get_region(call: Call[None, None]) -> t.RegionInfo:
 
 
 async def free_region(call: Call[None, None]) -> None:
-    """Free a region of the calling session."""
+    """Free a region of the calling session; the operator frees a persistent one whose agent has no session."""
     await call.engine.free(call.caller, (call.region(),))
+
+
+async def hand_over(call: Call[None, b.HandOverBody]) -> t.RegionListing:
+    """Give regions to another agent of this node, all or none, without copying a byte.
+
+    They keep ids and bytes, and end with their new owner, which is told by a notification that lists them. A session
+    gives its own; the operator gives any. Private memory of a process cannot be given.
+    """
+    return await call.engine.hand_over(call.caller, call.body.to_request())
+
+
+async def query(call: Call[None, b.QueryBody]) -> a.QueryResults:
+    """Say of files and objects whether they exist, how large and how old they are, in the order of the items.
+
+    What goes wrong with one of them is the `error` of its result; the others are told all the same.
+    """
+    return a.QueryResults(tuple(await call.engine.query(call.caller, call.body.to_items())))
+
+
+async def list_objects(call: Call[b.ObjectsQuery, None]) -> t.ObjectPage:
+    """List objects of a store in key order, at most 1000 at a time; `next` is the `after` of the next page."""
+    asked = t.ObjectQuery(call.part("store"), call.query.prefix, call.query.after, call.query.limit)
+    return await call.engine.list_objects(call.caller, asked)
+
+
+async def delete_objects(call: Call[None, b.KeysBody]) -> None:
+    """Delete objects of a store; those that are not there are fine. Where it fails, some may be gone."""
+    await call.engine.delete_objects(call.caller, call.part("store"), call.body.keys)
 
 
 async def read_bytes(call: Call[b.SpanQuery, None]) -> web.StreamResponse:

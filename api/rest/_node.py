@@ -67,6 +67,21 @@ async def list_backends(call: Call[None, None]) -> a.BackendList:
     return a.BackendList(tuple(call.engine.backends()))
 
 
+async def get_storage(call: Call[None, None]) -> a.StorageReport:
+    """Describe the storage pools: their directories, how much of them is proven, and what the scrubber found."""
+    return a.StorageReport(tuple(call.engine.storage()))
+
+
+async def scrub_storage(call: Call[None, None]) -> t.StorageInfo:
+    """Read all sealed blocks of a storage pool now, at its rate; answers when that is done, with what was found."""
+    return await call.engine.scrub_storage(call.part("pool"))
+
+
+async def list_routes(call: Call[None, None]) -> a.RouteList:
+    """List what the planner has learned of routes: how fast by size class and peer, and which ones failed lately."""
+    return a.RouteList(tuple(call.engine.routes()))
+
+
 async def list_holds(call: Call[None, None]) -> a.HoldList:
     """List everything held: by whom, why, since when, until when."""
     return a.HoldList(tuple(call.engine.holds()))

@@ -43,6 +43,8 @@ OPEN, SESSION, ADMIN, EITHER = Auth.OPEN, Auth.SESSION, Auth.ADMIN, Auth.EITHER
 
 _LIST_ERRORS = (e.InvalidDescriptor, e.OutOfBounds, e.NotFound, e.Stale, e.PermissionDenied, e.LimitExceeded)
 _PLAN_ERRORS = (*_LIST_ERRORS, e.SizeMismatch, e.NoRoute, e.PeerUnknown, e.PeerLost)
+_QUERY_ERRORS = (e.LimitExceeded,)
+_STORE_ERRORS = (e.NotFound, e.PermissionDenied, e.Unauthenticated, e.LimitExceeded, e.Unsupported, e.MoveFailed)
 _SPAN_ERRORS = (e.NotFound, e.Stale, e.PermissionDenied, e.OutOfBounds)
 
 ROUTES: tuple[Route, ...] = (
@@ -57,6 +59,16 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/config", node.get_config, ADMIN, Answer(a.ConfigDocument, alternative=TEXT)),
     Route("GET", "/v1/pools", node.list_pools, EITHER, Answer(a.PoolList)),
     Route("GET", "/v1/backends", node.list_backends, EITHER, Answer(a.BackendList)),
+    Route("GET", "/v1/storage", node.get_storage, ADMIN, Answer(a.StorageReport)),
+    Route(
+        "POST",
+        "/v1/storage/{pool}/scrub",
+        node.scrub_storage,
+        ADMIN,
+        Answer(t.StorageInfo),
+        errors=(e.NotFound, e.MoveFailed, e.ShortTransfer),
+    ),
+    Route("GET", "/v1/routes", node.list_routes, ADMIN, Answer(a.RouteList)),
     Route("GET", "/v1/holds", node.list_holds, ADMIN, Answer(a.HoldList)),
     Route("GET", "/v1/doctor", node.diagnose, ADMIN, Answer(a.DiagnoseReport)),
     Route("POST", "/v1/drain", node.drain, ADMIN, Answer(a.Drained), body=b.DrainBody, optional_body=True),
@@ -87,12 +99,30 @@ ROUTES: tuple[Route, ...] = (
         body=b.RegionBody,
         errors=(e.PoolExhausted, e.LimitExceeded, e.PermissionDenied, e.NotFound, e.Unsupported, e.Unavailable),
     ),
+    Route(
+        "POST",
+        "/v1/regions/hand-over",
+        memory.hand_over,
+        EITHER,
+        Answer(t.RegionListing),
+        body=b.HandOverBody,
+        errors=(
+            e.NotFound,
+            e.Stale,
+            e.PermissionDenied,
+            e.Busy,
+            e.AgentUnknown,
+            e.Overloaded,
+            e.LimitExceeded,
+            e.Unsupported,
+        ),
+    ),
     Route("GET", "/v1/regions/{id}", memory.get_region, EITHER, Answer(t.RegionInfo), errors=(e.NotFound, e.Stale)),
     Route(
         "DELETE",
         "/v1/regions/{id}",
         memory.free_region,
-        SESSION,
+        EITHER,
         NOTHING,
         errors=(e.NotFound, e.Stale, e.PermissionDenied, e.Busy),
     ),
@@ -114,6 +144,26 @@ ROUTES: tuple[Route, ...] = (
         query=b.OffsetQuery,
         raw_body=True,
         errors=_SPAN_ERRORS,
+    ),
+    # -- files and objects
+    Route("POST", "/v1/query", memory.query, EITHER, Answer(a.QueryResults), body=b.QueryBody, errors=_QUERY_ERRORS),
+    Route(
+        "GET",
+        "/v1/stores/{store}/objects",
+        memory.list_objects,
+        EITHER,
+        Answer(t.ObjectPage),
+        query=b.ObjectsQuery,
+        errors=_STORE_ERRORS,
+    ),
+    Route(
+        "POST",
+        "/v1/stores/{store}/objects/delete",
+        memory.delete_objects,
+        EITHER,
+        NOTHING,
+        body=b.KeysBody,
+        errors=_STORE_ERRORS,
     ),
     # -- lists and transfers
     Route(

@@ -1,4 +1,4 @@
-"""``xferbench``: how fast this machine's daemons move bytes, beside memcpy and iperf3 of the same run."""
+"""``xferbench``: how fast this machine's daemons move bytes, beside memcpy, iperf3 and peers in the same run."""
 
 from xferd.clients.bench._app import main
 

@@ -1,44 +1,60 @@
-"""What is measured: cases as values, the standard set, and how they are chosen on the command line.
+"""What is measured: cases as values. The named ones are in ``_standard.py``, sweeps in ``_sweeps.py``.
 
-Sweeps only add cases; who can run one is for the systems to say (``_systems.py``).
+Who can run a case is for the systems to say (``_probes.py``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
-import fnmatch
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from xferd.api.errors import InvalidArgument
 from xferd.api.units import format_nbytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 
 class Place(enum.Enum):
     """Where source and target are to each other."""
 
-    LOCAL = "local"  # both in a pool of one daemon
-    TCP = "tcp"  # pools of two daemons, over loopback
+    LOCAL = "local"  # both on one node
+    TCP = "tcp"  # on two nodes, over loopback
     CONTROL = "control"  # no payload to speak of: calls and lists
     LIMIT = "limit"  # what the machine can do without a daemon
 
 
+HOST_KINDS = ("DRAM", "MEMFD", "PRIVATE")
+"""Memory of the host: a pool's, a client's memfd, a client's own. Systems without a daemon know the last alone."""
+
+KINDS = (*HOST_KINDS, "FILE", "OBJECT", "VRAM")
+SCHEMES = ("pairwise", "many-to-one", "one-to-many", "all-to-all")
+PREPARED = ("transfer", "lists", "no")
+CONTROLS = ("ring", "grpc")
+WAITS = ("poll", "block")
+FAIRNESS = "fairness"
+ORDERS = ("random", "sequential")
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One thing to measure; equal cases of different systems are compared.
+    """One thing to measure; like cases of different systems are compared.
 
     Attributes:
         place: which road.
         op: READ, WRITE, or the name of a call or of a limit.
         block_nbytes: bytes a block; 0 where there are none.
         batch: blocks a request.
-        src: memory kind of the source.
-        dst: memory kind of the target.
-        scheme: who sends to whom; "pairwise" is one to one.
-        prepared: prepared lists and index arrays, or lists with each request.
+        src: memory kind that bytes come from.
+        dst: memory kind that they go to.
+        scheme: which clients reach whose memory; "pairwise" is one to one.
+        prepared: "transfer" posts one held transfer again and again, "lists" sends index arrays into prepared lists
+            with each request, "no" builds and sends whole lists.
+        control: "ring" or "grpc"; "" for what has neither.
+        wait: for completions of the ring: "poll" looks at it all the time, "block" sleeps at once, "" looks a moment
+            before it sleeps.
+        threads: of each client, each with requests of its own.
+        clients: processes on the side that there are many of.
+        order: where blocks lie, "random" or "sequential".
+        load: transfers of 1 GiB, LOW, that run beside; where it is not 0, and in its idle twin, requests are HIGH.
+        scenario: the named question that this case belongs to, "" for none.
     """
 
     place: Place
@@ -48,7 +64,14 @@ class Case:
     src: str = "DRAM"
     dst: str = "DRAM"
     scheme: str = "pairwise"
-    prepared: bool = True
+    prepared: str = "transfer"
+    control: str = ""
+    wait: str = ""
+    threads: int = 1
+    clients: int = 1
+    order: str = "random"
+    load: int = 0
+    scenario: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -61,75 +84,51 @@ class Case:
         return f"{format_nbytes(self.block_nbytes)} x {self.batch}" if self.block_nbytes else ""
 
     @property
+    def is_move(self) -> bool:
+        """Whether bytes go from one region to another."""
+        return self.place in (Place.LOCAL, Place.TCP)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one request is under way at a time, so that its time is what the road can do."""
+        return self.clients == self.threads == 1
+
+    @property
+    def manner(self) -> str:
+        """What is not as usual, for people: ``FILE to DRAM, lists, grpc, 4 threads``."""
+        parts = [
+            f"{self.src} to {self.dst}" if (self.src, self.dst) != ("DRAM", "DRAM") else "",
+            {"transfer": "", "lists": "lists", "no": "unprepared"}[self.prepared] if self.is_move else "",
+            f"{self.control} {self.wait}".strip(),
+            f"{self.threads} threads" if self.threads > 1 else "",
+            f"{self.clients} clients {self.scheme}" if self.clients > 1 else "",
+            self.order if self.order != "random" else "",
+            f"beside {self.load} x 1GiB" if self.load else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    @property
     def name(self) -> str:
         """What ``--cases`` is matched with, like ``tcp/READ/64KiB x 1024``."""
-        return "/".join(part for part in (self.place.value, self.op, self.size) if part)
+        parts = (self.scenario, self.place.value, self.op, self.size, self.manner)
+        return "/".join(part for part in parts if part)
+
+    def for_peer(self) -> Case:
+        """Return the case as a system without daemon, ring and pools sees it."""
+        return dataclasses.replace(
+            self,
+            control="",
+            wait="",
+            src="DRAM" if self.src in HOST_KINDS else self.src,
+            dst="DRAM" if self.dst in HOST_KINDS else self.dst,
+        )
 
 
 KIB, MIB = 1 << 10, 1 << 20
 
-SHAPES = ((4 * KIB, 1), (4 * KIB, 1024), (64 * KIB, 1024), (MIB, 128), (256 * MIB, 1))
-"""One small message; KV blocks of small and usual size; large blocks; one tensor."""
-
-QUICK_SHAPES = ((4 * KIB, 1), (4 * KIB, 1024), (64 * KIB, 1024))
-
 LIST_ROWS, LIST_NBYTES = 100_000, 512
 
 NODE, ECHO = Case(Place.CONTROL, "node"), Case(Place.CONTROL, "echo")
-SUBMIT = Case(Place.CONTROL, "submit", 4 * KIB, 1)
-EXPLAIN = Case(Place.CONTROL, "explain", LIST_NBYTES, LIST_ROWS, prepared=False)
-MOVE_LIST = Case(Place.LOCAL, "WRITE", LIST_NBYTES, LIST_ROWS, prepared=False)
+EXPLAIN = Case(Place.CONTROL, "explain", LIST_NBYTES, LIST_ROWS, prepared="no")
 MEMCPY = Case(Place.LIMIT, "memcpy", 256 * MIB, 1)
 STREAM = Case(Place.LIMIT, "stream")
-
-
-def standard_cases(*, quick: bool = False) -> tuple[Case, ...]:
-    """Return what ``make bench`` runs."""
-    shapes = QUICK_SHAPES if quick else SHAPES
-    limited = dict.fromkeys((*shapes, (LIST_NBYTES, LIST_ROWS), (MEMCPY.block_nbytes, MEMCPY.batch)))
-    limits = [Case(Place.LIMIT, "memcpy", block, batch) for block, batch in limited]
-    roads = ((Place.LOCAL, "WRITE"), (Place.TCP, "READ"), (Place.TCP, "WRITE"))
-    moves = [Case(place, op, block, batch) for place, op in roads for block, batch in shapes]
-    return (*limits, STREAM, *moves, ECHO, NODE, SUBMIT, EXPLAIN, MOVE_LIST)
-
-
-def choose(cases: Sequence[Case], patterns: Iterable[str]) -> tuple[Case, ...]:
-    """Return the cases that match any of the patterns, and the limits that they are compared with.
-
-    A pattern is part of a name, and may have shell wildcards: ``tcp``, ``local/*/64KiB``. None given: all.
-
-    Raises:
-        InvalidArgument: a pattern that matches nothing.
-    """
-    wanted: set[Case] = set()
-    given = [pattern.lower() for pattern in patterns]
-    for pattern in given:
-        found = {case for case in cases if _matches(case, pattern)}
-        if not found:
-            raise InvalidArgument(
-                f"no case matches {pattern!r}",
-                limit=", ".join(case.name for case in cases),
-                remedy="give part of a name, or a shell pattern",
-            )
-        wanted |= found
-    if not given:
-        return tuple(cases)
-    beside = {reference for case in wanted for reference in references(case)}
-    return tuple(case for case in cases if case in wanted | beside)
-
-
-def references(case: Case) -> tuple[Case, ...]:
-    """Return the limits that a case is held against."""
-    match case.place:
-        case Place.LOCAL:
-            return Case(Place.LIMIT, "memcpy", case.block_nbytes, case.batch), MEMCPY
-        case Place.TCP:
-            return (STREAM, MEMCPY)
-        case Place.CONTROL:
-            return (ECHO,)
-        case Place.LIMIT:
-            return ()
-
-
-def _matches(case: Case, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(case.name.lower(), f"*{pattern}*")

@@ -1,13 +1,15 @@
-"""Results for others: one JSON document, the measured section of ``docs/performance.md``, a plot."""
+"""Results for others: one JSON document, a CSV file, the measured section of ``docs/performance.md``."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import csv
+import json
+from typing import TYPE_CHECKING
 
-from xferd.api.errors import InvalidArgument, Unsupported
-from xferd.clients.bench._cases import EXPLAIN, Place
-from xferd.clients.bench._tables import as_markdown, tables
+from xferd.api.errors import InvalidArgument
+from xferd.clients.bench._cases import EXPLAIN, KIB, Place
+from xferd.clients.bench._plan import is_peer
+from xferd.clients.bench._tables import PAGE_WIDTH, as_markdown, narrow, tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from xferd.clients.bench._rows import Row
 
 BEGIN, END = "<!-- xferbench: begin -->", "<!-- xferbench: end -->"
-PLOT_SUFFIXES = (".svg", ".png")
 
 
 def document(rows: Sequence[Row], environment: Mapping[str, object]) -> dict[str, object]:
@@ -24,8 +25,31 @@ def document(rows: Sequence[Row], environment: Mapping[str, object]) -> dict[str
     return {"environment": dict(environment), "rows": [row.document() for row in rows]}
 
 
-def section(rows: Sequence[Row], environment: Mapping[str, object]) -> str:
-    """Return the measured section in Markdown, with date and machine."""
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write a line for each row; each ratio has a column of its own, ``x NAME``.
+
+    Raises:
+        InvalidArgument: the file cannot be written.
+    """
+    lines = []
+    for row in rows:
+        told = row.document()
+        ratios = told.pop("ratios")
+        assert isinstance(ratios, dict)
+        told["faults"] = "; ".join(row.faults)
+        lines.append(told | {f"x {name}": value for name, value in ratios.items()})
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError as exc:
+        raise InvalidArgument(f"{path} cannot be written: {exc.strerror}", remedy="choose another file") from exc
+
+
+def section(rows: Sequence[Row], environment: Mapping[str, object], picture: str = "") -> str:
+    """Return the measured section in Markdown, with date and machine, and a picture if there is one."""
     systems = environment["systems"]
     assert isinstance(systems, dict)
     packages = environment["packages"]
@@ -38,10 +62,19 @@ def section(rows: Sequence[Row], environment: Mapping[str, object]) -> str:
         + f"; load average when done {environment['load']}.",
         "",
     ]
-    lines += [f"- {line}" for line in findings(rows)]
+    lines += [f"- {line}" for line in (*findings(rows), *peer_settings(environment))]
+    if picture:
+        lines += ["", f"![GB/s of each case]({picture})"]
     for heading, table in tables(rows).items():
-        lines += ["", f"### {heading}", "", as_markdown(table)]
+        lines += ["", f"### {heading}", "", as_markdown(narrow(table, PAGE_WIDTH))]
     return "\n".join(lines)
+
+
+def peer_settings(environment: Mapping[str, object]) -> list[str]:
+    """Return a line for each peer that was measured, with what it ran with."""
+    systems = environment["systems"]
+    assert isinstance(systems, dict)
+    return [f"{name} ran with {json.dumps(told, default=str)}." for name, told in systems.items() if is_peer(name)]
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
@@ -49,70 +82,49 @@ def findings(rows: Sequence[Row]) -> list[str]:
     found = []
     for row in rows:
         case, where = row.case, {Place.LOCAL: "same node", Place.TCP: "two nodes over TCP"}.get(row.case.place, "")
-        if where and (case.block_nbytes, case.batch) == (64 << 10, 1024):
+        if row.system == "xferd" and where and (case.block_nbytes, case.batch) == (64 * KIB, 1024):
             told = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in row.ratios.items())
             found.append(f"{where}, {case.op} {case.size}: {row.gb_per_s:.2f} GB/s ({told}).")
         if case == EXPLAIN and row.server_cpu_ms is not None:
             found.append(
                 f"{case.batch} descriptors taken in, checked and coalesced: {row.server_cpu_ms:.1f} ms of CPU."
             )
+        found += _scenario(row)
     wrong = [row for row in rows if row.verified is False]
     checked = sum(row.verified is True for row in rows)
     found.append(f"Bytes verified in {checked} cases" + (f", wrong in {len(wrong)}." if wrong else ", all right."))
     return found
 
 
-def rewrite(path: Path, text: str) -> None:
+def _scenario(row: Row) -> list[str]:
+    """Return the answer to the question that a scenario asks."""
+    case = row.case
+    if "idle p99" in row.ratios and row.load_gb_per_s is not None:
+        load = f"beside {case.load} LOW transfers of 1 GiB, which move {row.load_gb_per_s:.2f} GB/s"
+        told = f"p99 {row.p99_us:.0f} us, {row.ratios['idle p99']:.2f} x of its idle p99"
+        return [f"{case.place.value}, {case.op} {case.size} HIGH {load}: {told}."]
+    if "one client" in row.ratios and row.slowest_share is not None:
+        speed = f"{case.clients} clients at once: {row.ratios['one client']:.2f} x the speed of one"
+        return [f"{speed}; the slowest has {row.slowest_share:.2f} of its fair share."]
+    if case.scenario == "small":
+        beside = f", {row.ratios['echo']:.2f} x an empty gRPC echo" if "echo" in row.ratios else ""
+        return [f"one {case.size} by {case.manner}: p50 {row.p50_us:.0f} us, p99 {row.p99_us:.0f} us{beside}."]
+    return []
+
+
+def rewrite(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Put a text between the two markers of a file; the rest of the file stays.
 
     Raises:
         InvalidArgument: the file is missing or has not exactly one of each marker, in order.
     """
+    first, last = markers
     try:
         before = path.read_text()
     except OSError as exc:
         raise InvalidArgument(f"{path} cannot be read: {exc.strerror}", remedy="run it from the repository") from exc
-    head, begin, rest = before.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in tail:
-        raise InvalidArgument(f"{path} has no section to fill", limit=f"{BEGIN} ... {END}", remedy="add the two lines")
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
-
-
-def check_plot(path: Path) -> None:
-    """Say before anything is measured whether a plot can be made.
-
-    Raises:
-        InvalidArgument: a file that is neither SVG nor PNG.
-        Unsupported: matplotlib is not installed.
-    """
-    if path.suffix not in PLOT_SUFFIXES:
-        raise InvalidArgument(f"plot {path}", limit=" or ".join(PLOT_SUFFIXES), remedy="choose another name")
-    try:
-        import_module("matplotlib")
-    except ImportError as exc:
-        raise Unsupported("plots need matplotlib", remedy="pip install 'xferd[bench]'") from exc
-
-
-def plot(rows: Sequence[Row], environment: Mapping[str, object], path: Path) -> None:
-    """Draw the speed of each case as a bar, with its p10 to p90, and write the file."""
-    matplotlib: Any = import_module("matplotlib")
-    matplotlib.use("agg")
-    pyplot: Any = import_module("matplotlib.pyplot")
-    shown = [row for row in rows if row.gb_per_s is not None]
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.3 * len(shown)), layout="constrained")
-    speeds = [row.gb_per_s or 0.0 for row in shown]
-    below = [speed - min(row.gb_per_s_p10 or 0.0, speed) for row, speed in zip(shown, speeds, strict=True)]
-    above = [max(row.gb_per_s_p90 or 0.0, speed) - speed for row, speed in zip(shown, speeds, strict=True)]
-    colours = {system: f"C{number}" for number, system in enumerate(dict.fromkeys(row.system for row in shown))}
-    axes.barh(
-        [f"{row.system} {row.case.name}" for row in shown],
-        speeds,
-        xerr=[below, above],
-        color=[colours[row.system] for row in shown],
-    )
-    axes.invert_yaxis()
-    axes.set_xlabel("GB/s, median; whiskers from p10 to p90")
-    axes.set_title(f"{environment['cpu']}, {environment['cores']} cores, {environment['date']}", fontsize="small")
-    figure.savefig(path)
-    pyplot.close(figure)
+    head, begin, rest = before.partition(first)
+    _, end, tail = rest.partition(last)
+    if not begin or not end or first in rest or last in tail:
+        raise InvalidArgument(f"{path} has no section to fill", limit=f"{first} ... {last}", remedy="add the two lines")
+    path.write_text(f"{head}{first}\n{text}\n{last}{tail}")

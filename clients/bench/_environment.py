@@ -32,6 +32,14 @@ def environment(systems: Iterable[System]) -> dict[str, object]:
     }
 
 
+def available_nbytes() -> int:
+    """Return the memory that processes can still have without swapping, as the kernel sees it."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
 def _cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -1,6 +1,6 @@
 """What a benchmark does to a system again and again, and what comes out: probes, samples, series.
 
-A system (xferd, memcpy, iperf3; peers later) makes one probe for each case that it can run. The schedule
+A system (xferd, memcpy, iperf3, a peer) makes one probe for each case that it can run. The schedule
 (``_schedule.py``) visits probes in turn and knows nothing else of them.
 """
 
@@ -11,18 +11,32 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from xferd.clients.bench._pace import Ran, loop
+
 if TYPE_CHECKING:
     from types import TracebackType
 
     from xferd.clients.bench._cases import Case
+    from xferd.clients.bench._pace import Pace
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request: how long it took and how many bytes it moved."""
+    """One request: how long it took, how many bytes it moved, and of what parts its time was; None where unknown.
+
+    Attributes:
+        seconds: from when it was due to when its end was known.
+        nbytes: moved.
+        prepare_s: building lists, or picking rows of prepared ones.
+        post_s: telling the system, and hearing of the end.
+        transfer_s: from posted to ended, as the system says.
+    """
 
     seconds: float
     nbytes: int
+    prepare_s: float | None = None
+    post_s: float | None = None
+    transfer_s: float | None = None
 
 
 class Probe(abc.ABC):
@@ -53,8 +67,12 @@ class Probe(abc.ABC):
         """
         return None
 
+    def spend(self, pace: Pace, seed: int) -> Ran:
+        """Make requests for one visit. A probe whose requests are made elsewhere (other processes) does it anew."""
+        return loop(self.run, pace, seed)
+
     def cpu_s(self) -> tuple[float, float]:
-        """Return CPU seconds used so far by (daemons or other servers, this process)."""
+        """Return CPU seconds used so far by (daemons or other servers, clients)."""
         return 0.0, time.process_time()
 
     @property
@@ -91,12 +109,17 @@ class System(abc.ABC):
 
 @dataclass(slots=True)
 class Visit:
-    """What one visit of a probe gave. CPU seconds are those of all its samples together."""
+    """What one visit of a probe gave. CPU seconds are those of all its samples together.
+
+    ``rates`` are the bytes per second of each client over its whole visit, the time between requests included.
+    """
 
     samples: list[Sample]
     server_cpu_s: float
     client_cpu_s: float
     fault: str | None
+    rates: tuple[float, ...] = ()
+    load_rate: float = 0.0
 
 
 @dataclass(slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from functools import partial
+from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 from xferd.clients.bench._cases import Place
 
@@ -14,13 +15,39 @@ if TYPE_CHECKING:
     from xferd.clients.bench._probes import Probe
     from xferd.clients.bench._rows import Row
 
-Table = tuple[list[str], list[list[str]]]
+Table: TypeAlias = tuple[list[str], list[list[str]]]
+"""Names of columns, and lines of cells."""
+
+TEXT_COLUMNS = 4
+
+PAGE_WIDTH = 180
+"""Characters of a line of a table on a page."""
+
+DISPENSABLE = (
+    "prepare",
+    "p99.9",
+    "p90",
+    "x memcpy 256 MiB",
+    "post",
+    "transfer",
+    "p10-p90",
+    "CPU s/GB",
+    "p99",
+    "load GB/s",
+    "slowest client",
+)
+"""Columns that a table does without where it is too wide, the first one first. JSON and CSV have them all."""
+
+Column: TypeAlias = "tuple[str, Callable[[Row], str]]"
 
 
 def tables(rows: Sequence[Row]) -> dict[str, Table]:
-    """Return heading -> (columns, cells): moved bytes, then calls and lists."""
+    """Return heading -> (columns, cells): moved bytes, beside each other for each case; then calls and lists."""
     order = {place: number for number, place in enumerate((Place.LIMIT, Place.LOCAL, Place.TCP, Place.CONTROL))}
-    ranked = sorted(rows, key=lambda row: order[row.case.place])
+    first: dict[str, int] = {}
+    for row in rows:
+        first.setdefault(_shape(row), len(first))
+    ranked = sorted(rows, key=lambda row: (order[row.case.place], first[_shape(row)]))
     moving = [row for row in ranked if row.gb_per_s is not None]
     calls = [row for row in ranked if row.gb_per_s is None]
     found = {"Bytes moved": _moving_table(moving)} if moving else {}
@@ -29,43 +56,64 @@ def tables(rows: Sequence[Row]) -> dict[str, Table]:
     return found
 
 
+def _shape(row: Row) -> str:
+    return f"{row.case.place.value} {row.case.op} {row.case.size}"
+
+
 def _moving_table(rows: Sequence[Row]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row.ratios))
-    head = ["system", "path", "case", "GB/s", "p10-p90", "p50", "p99", "CPU s/GB", *(f"x {name}" for name in names)]
-    cells = [
-        [
-            row.system,
-            row.case.place.value,
-            f"{row.case.op} {row.case.size}".strip(),
-            _number(row.gb_per_s),
-            f"{_number(row.gb_per_s_p10)}-{_number(row.gb_per_s_p90)}",
-            _time(row.p50_us) if row.case.nbytes else "",
-            _time(row.p99_us) if row.case.nbytes else "",
-            _number(row.cpu_s_per_gb),
-            *(_number(row.ratios.get(name)) for name in names),
-            _verified(row),
-        ]
-        for row in rows
+    columns: list[Column] = [
+        ("system", lambda row: row.system),
+        ("path", lambda row: row.case.place.value),
+        ("case", lambda row: f"{row.case.op} {row.case.size}".strip()),
+        ("how", lambda row: row.case.manner),
+        ("GB/s", lambda row: _number(row.gb_per_s)),
+        ("p10-p90", lambda row: f"{_number(row.gb_per_s_p10)}-{_number(row.gb_per_s_p90)}"),
+        ("p50", lambda row: _request_time(row, row.p50_us)),
+        ("p90", lambda row: _request_time(row, row.p90_us)),
+        ("p99", lambda row: _request_time(row, row.p99_us)),
+        ("p99.9", lambda row: _request_time(row, row.p999_us)),
+        ("prepare", lambda row: _time(row.prepare_us)),
+        ("post", lambda row: _time(row.post_us)),
+        ("transfer", lambda row: _time(row.transfer_us)),
+        ("CPU s/GB", lambda row: _number(row.cpu_s_per_gb)),
+        ("slowest client", lambda row: _number(row.slowest_share)),
+        ("load GB/s", lambda row: _number(row.load_gb_per_s)),
+        *((f"x {name}", partial(_ratio, name=name)) for name in names),
+        ("bytes", _verified),
     ]
-    return [*head, "bytes"], cells
+    return _table(rows, columns)
 
 
 def _calls_table(rows: Sequence[Row]) -> Table:
-    head = ["system", "call", "p50", "p90", "p99", "daemon CPU", "x echo", "bytes"]
-    cells = [
+    return _table(
+        rows,
         [
-            row.system,
-            f"{row.case.op} {row.case.size}".strip(),
-            _time(row.p50_us),
-            _time(row.p90_us),
-            _time(row.p99_us),
-            "" if row.server_cpu_ms is None else _time(row.server_cpu_ms * 1e3),
-            _number(row.ratios.get("echo")),
-            _verified(row),
-        ]
-        for row in rows
-    ]
-    return head, cells
+            ("system", lambda row: row.system),
+            ("call", lambda row: f"{row.case.op} {row.case.size}".strip()),
+            ("p50", lambda row: _time(row.p50_us)),
+            ("p90", lambda row: _time(row.p90_us)),
+            ("p99", lambda row: _time(row.p99_us)),
+            ("daemon CPU", lambda row: _time(None if row.server_cpu_ms is None else row.server_cpu_ms * 1e3)),
+            ("x echo", partial(_ratio, name="echo")),
+        ],
+    )
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+    """Return a table without the columns that have nothing in them."""
+    full = [[cell(row) for row in rows] for _, cell in columns]
+    kept = [number for number, cells in enumerate(full) if any(cells)]
+    head = [columns[number][0] for number in kept]
+    return head, [[full[number][line] for number in kept] for line in range(len(rows))]
+
+
+def _ratio(row: Row, name: str) -> str:
+    return _number(row.ratios.get(name))
+
+
+def _request_time(row: Row, microseconds: float) -> str:
+    return _time(microseconds) if row.case.nbytes else ""
 
 
 def _verified(row: Row) -> str:
@@ -78,8 +126,26 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _time(microseconds: float) -> str:
-    return f"{microseconds:.0f} us" if microseconds < 1000 else f"{microseconds / 1000:.3g} ms"
+def _time(microseconds: float | None) -> str:
+    if microseconds is None:
+        return ""
+    if microseconds < 10:
+        return f"{microseconds:.1f} us"
+    if microseconds < 1000:
+        return f"{microseconds:.0f} us"
+    return f"{microseconds / 1000:.3g} ms" if microseconds < 999_500 else f"{microseconds / 1e6:.3g} s"
+
+
+def narrow(table: Table, width: int) -> Table:
+    """Return a table that fits into so many characters, without the columns that can best be missed if it must be."""
+    head, cells = table
+    sizes = {name: max(len(name), *(len(row[place]) for row in cells)) + 3 for place, name in enumerate(head)}
+    for name in DISPENSABLE:
+        if sum(sizes.values()) < width:
+            break
+        sizes.pop(name, None)
+    kept = [place for place, name in enumerate(head) if name in sizes]
+    return [head[place] for place in kept], [[row[place] for place in kept] for row in cells]
 
 
 def as_markdown(table: Table) -> str:
@@ -105,11 +171,12 @@ def show(found: dict[str, Table], out: TextIO) -> None:
         return
     console = Console(file=out, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = 200
-    for heading, (head, cells) in found.items():
+        console.width = 400
+    for heading, whole in found.items():
+        head, cells = narrow(whole, console.width)
         table = RichTable(title=heading, title_justify="left")
         for number, name in enumerate(head):
-            table.add_column(name, justify="left" if number < 3 else "right", no_wrap=True)
+            table.add_column(name, justify="left" if number < TEXT_COLUMNS else "right", no_wrap=True)
         for row in cells:
             table.add_row(*row, style="bold red" if "WRONG" in row else None)
         console.print(table)

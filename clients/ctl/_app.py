@@ -22,16 +22,20 @@ from xferd.clients.ctl._verbs_lists import (
     agents,
     backends,
     end_session,
+    hand_over,
     holds,
     nodes,
     peers,
     pools,
     regions,
+    routes,
     sessions,
     transfers,
 )
 from xferd.clients.ctl._verbs_moves import EXIT_INTERRUPTED, cp, estimate, explain
 from xferd.clients.ctl._verbs_node import config, drain, log_level, status, undrain, version
+from xferd.clients.ctl._verbs_objects import delete_objects, objects, query
+from xferd.clients.ctl._verbs_storage import free, fsck, scrub, storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,10 +71,17 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "nodes": nodes,
         "regions": regions,
         "backends": backends,
+        "routes": routes,
         "transfers": transfers,
         "holds": holds,
+        "query": query,
+        "objects": objects,
+        "delete-objects": delete_objects,
+        "hand-over": hand_over,
+        "free": free,
         "end-session": end_session,
     },
+    "Storage pools": {"storage": storage, "scrub": scrub, "fsck": fsck},
     "Moving bytes": {"cp": cp, "explain": explain, "estimate": estimate},
 }
 

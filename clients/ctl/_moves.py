@@ -57,6 +57,8 @@ def existing(client: Client, place: Place, *, writable: bool = False) -> End:
     Raises:
         NotFound: it is not there, or not shared with this command.
     """
+    if place.store:
+        return End(place, client.register_object(place.store, place.key, writable=writable), 0)
     if place.region is None:
         return End(place, client.register_file(place.path, writable=writable), 0)
     found = client.regions(node=place.node, ids=[place.region])
@@ -69,11 +71,14 @@ def existing(client: Client, place: Place, *, writable: bool = False) -> End:
 
 
 def target_of(client: Client, place: Place, nbytes: int) -> End:
-    """Return the target of a copy of so many bytes; a file is created, or extended to that size.
+    """Return the target of a copy of so many bytes; a file is created, or extended to that size, an object replaced.
 
     Raises:
         InvalidArgument: the file is larger; what was in it past the copy would stay.
     """
+    if place.store:
+        region = client.register_object(place.store, place.key, nbytes=nbytes, writable=True, create=True)
+        return End(place, region, 0)
     if not place.path:
         return existing(client, place)
     present = _file_nbytes(client, place)

@@ -1,6 +1,7 @@
 """What ``cp``, ``explain`` and ``estimate`` take as source and target: how it is written, read and shown.
 
-A place is ``file:PATH``, a file under the daemon's roots, or ``region:ID[@NODE][+OFFSET]``.
+A place is ``file:PATH``, a file under the daemon's roots, ``object:STORE/KEY``, an object of a configured store, or
+``region:ID[@NODE][+OFFSET]``.
 """
 
 from __future__ import annotations
@@ -13,28 +14,34 @@ from xferd.api.types import RegionId
 from xferd.api.units import parse_nbytes
 
 _REGION = re.compile(r"(\d{1,20})(?:@([^+@]+))?(?:\+(.+))?", re.ASCII | re.DOTALL)
-_REMEDY = "write file:PATH, or region:ID, region:ID@NODE, region:ID+OFFSET"
+_REMEDY = "write file:PATH, object:STORE/KEY, or region:ID, region:ID@NODE, region:ID+OFFSET"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A file from its start, or a region from an offset on.
+    """A file or an object from its start, or a region from an offset on.
 
     Attributes:
-        path: of the file, absolute or relative to the daemon's first root; "" for a region.
-        region: id of the region; None for a file.
+        path: of the file, absolute or relative to the daemon's first root; "" for anything else.
+        region: id of the region; None for anything else.
         node: where the region is; "" is the node that the command talks to.
         offset: in the region.
+        store: of the object; "" for anything else.
+        key: of the object.
     """
 
     path: str = ""
     region: RegionId | None = None
     node: str = ""
     offset: int = 0
+    store: str = ""
+    key: str = ""
 
     def __str__(self) -> str:
         if self.path:
             return f"file:{self.path}"
+        if self.store:
+            return f"object:{self.store}/{self.key}"
         at = f"@{self.node}" if self.node else ""
         plus = f"+{self.offset}" if self.offset else ""
         return f"region:{self.region}{at}{plus}"
@@ -47,10 +54,15 @@ def parse_place(text: str) -> Place:
         InvalidArgument: it is none.
     """
     kind, colon, rest = text.partition(":")
-    if not colon or not rest or kind not in ("file", "region"):
+    if not colon or not rest or kind not in ("file", "object", "region"):
         raise InvalidArgument(f"{text!r} is no place", remedy=_REMEDY)
     if kind == "file":
         return Place(path=rest)
+    if kind == "object":
+        store, _, key = rest.partition("/")
+        if not store or not key:
+            raise InvalidArgument(f"{text!r} names no object", remedy=_REMEDY)
+        return Place(store=store, key=key)
     match = _REGION.fullmatch(rest)
     if match is None or int(match[1]) >= 1 << 64:
         raise InvalidArgument(f"{text!r} names no region", limit="ids are numbers below 2**64", remedy=_REMEDY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -86,7 +87,10 @@ def _transfer_counts(info: t.NodeStatus) -> str:
 
 def pools(infos: Iterable[t.PoolInfo]) -> Table:
     """Return pools with how full they are."""
-    columns = ("POOL", "KIND", ">SIZE", ">USED", ">USED%", ">FREE", ">LARGEST", ">FRAG", ">PEAK", ">REGIONS", ">FAILED")
+    columns = (
+        *("POOL", "KIND", ">SIZE", ">USED", ">USED%", ">FREE", ">LARGEST", ">FRAG", ">PEAK", ">REGIONS", ">FAILED"),
+        ">HUGE",
+    )
     return table(
         columns,
         (
@@ -102,6 +106,7 @@ def pools(infos: Iterable[t.PoolInfo]) -> Table:
                 f.nbytes(pool.peak_used_nbytes),
                 str(pool.allocations),
                 str(pool.failed_allocations),
+                f.nbytes(pool.huge_nbytes),
             )
             for pool in infos
         ),
@@ -249,6 +254,80 @@ def backends(infos: Iterable[t.BackendInfo]) -> Table:
             for info in infos
         ),
     )
+
+
+def storage(infos: Iterable[t.StorageInfo], now: float) -> Group:
+    """Return storage pools, each with its directories below it."""
+    return Group(*(part for info in infos for part in (_storage_pool(info, now), _storage_directories(info))))
+
+
+def _storage_pool(info: t.StorageInfo, now: float) -> Table:
+    rate = f"at most {f.rate(info.scrub_bytes_per_s)}" if info.scrub_bytes_per_s else "off"
+    last = f", last pass ended {f.age(info.scrub_pass_ended_at, now)} ago" if info.scrub_passes else ""
+    proven = f"{f.nbytes(info.sealed_nbytes)} of {f.nbytes(info.extents_nbytes)}"
+    return block(
+        [
+            ("pool", info.pool),
+            ("extents", f"{info.extents}, {info.persistent_extents} persistent"),
+            ("proven", f"{proven}, {f.percent(info.sealed_nbytes, info.extents_nbytes)}"),
+            ("checksums", f"{info.checksum}, blocks of {f.nbytes(info.block_nbytes)}"),
+            ("verified", f"{f.nbytes(info.verified_total_nbytes)}{', every read' if info.verify else ''}"),
+            ("damage", f"{info.damaged_blocks} blocks, {info.mismatches} mismatches"),
+            ("scrubber", f"{rate}, {info.scrub_passes} passes, {f.nbytes(info.scrubbed_total_nbytes)}{last}"),
+        ]
+    )
+
+
+def _storage_directories(info: t.StorageInfo) -> Table:
+    columns = ("DIRECTORY", ">SIZE", ">USED", ">WEIGHT", ">SLABS", ">EXTENTS", ">JOURNAL", "LAST STOP", ">TORN")
+    return table(
+        (*columns, "STATE"),
+        (
+            (
+                each.path,
+                f.nbytes(each.nbytes),
+                f.nbytes(each.used_nbytes),
+                f"{each.weight:g}",
+                str(each.slabs),
+                str(each.extents),
+                f.nbytes(each.journal_nbytes),
+                "in order" if each.was_clean else "crash",
+                f.nbytes(each.torn_nbytes),
+                each.failure or "ok",
+            )
+            for each in info.directories
+        ),
+    )
+
+
+def routes(infos: Iterable[t.RouteCost]) -> Table:
+    """Return what was learned of routes; FACTOR is measured over assumed time, and STATE says what failed lately."""
+    columns = ("ROUTE", "WAY", "PEER", ">FROM", ">TO", ">RATE", ">FACTOR", ">MEASURED", ">AGO", "STATE")
+    return table(
+        columns,
+        (
+            (
+                info.route,
+                f"{info.source}>{info.target}",
+                info.peer or "-",
+                f.nbytes(info.min_nbytes) if info.measurements else "-",
+                f.nbytes(info.max_nbytes + 1) if info.measurements else "-",
+                f.rate(info.bytes_per_s) if info.measurements else "-",
+                f"{info.factor:.2g}" if info.measurements else "-",
+                str(info.measurements),
+                f.duration(info.age_s) if info.measurements else "-",
+                _route_state(info),
+            )
+            for info in infos
+        ),
+    )
+
+
+def _route_state(info: t.RouteCost) -> str:
+    if not info.failures:
+        return "ok"
+    last = f", last for {f.duration(info.retry_in_s)}" if info.retry_in_s else ""
+    return f"failed {info.failures} x{last}: {info.last_error}"
 
 
 def transfers(infos: Iterable[t.TransferStatus], now: float) -> Table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from xferd.api.types import RegionListing, SessionId
+from xferd.api.types import Access, RegionId, RegionListing, SessionId
 from xferd.clients.ctl import _tables
 from xferd.clients.ctl._link import Settings, admin, attach
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 def _show(settings: Settings, name: str, infos: Sequence[object], view: Callable[[], RenderableType]) -> None:
     """Show a list: an object with one member for programs, and a word instead of an empty table for people."""
     settings.output.show({name: infos}, lambda: view() if infos else Text(f"no {name}", "dim"))
+
+
+def _access(text: str) -> Access:
+    try:
+        return Access[text.upper()]
+    except KeyError:
+        raise typer.BadParameter(f"{text!r} is none of {', '.join(Access.__members__)}") from None
 
 
 def pools(ctx: typer.Context) -> None:
@@ -97,6 +104,17 @@ def backends(ctx: typer.Context) -> None:
     _show(settings, "backends", infos, lambda: _tables.backends(infos))
 
 
+def routes(ctx: typer.Context) -> None:
+    """List how routes have done, by size and peer.
+
+    The planner takes the quickest. One that failed lately is tried last.
+    """
+    settings: Settings = ctx.obj
+    with admin(settings) as node:
+        infos = node.routes()
+    _show(settings, "routes", infos, lambda: _tables.routes(infos))
+
+
 def transfers(
     ctx: typer.Context,
     active: Annotated[bool, typer.Option("--active", help="Only those that have not ended.")] = False,
@@ -118,6 +136,25 @@ def holds(ctx: typer.Context) -> None:
     with admin(settings) as node:
         infos = node.holds()
     _show(settings, "holds", infos, lambda: _tables.holds(infos, time.time()))
+
+
+def hand_over(
+    ctx: typer.Context,
+    regions: Annotated[list[int], typer.Argument(metavar="REGION...", help="Ids, as `regions` and `holds` show them.")],
+    to: Annotated[str, typer.Option(metavar="AGENT", help="The new owner, which must be attached to this node.")],
+    access: Annotated[
+        Access | None,
+        typer.Option(parser=_access, metavar="ACCESS", help="What others may do from now on; else as before."),
+    ] = None,
+) -> None:
+    """Give regions to another agent.
+
+    Nothing is copied: the regions keep ids and bytes, and end with their new owner. Their present owner is not asked.
+    """
+    settings: Settings = ctx.obj
+    with admin(settings) as node:
+        listing = node.hand_over([RegionId(region) for region in regions], to, access=access)
+    settings.output.show(listing, lambda: _tables.regions(listing.regions))
 
 
 def end_session(

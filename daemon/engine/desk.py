@@ -10,7 +10,7 @@ import hashlib
 import secrets
 from collections import OrderedDict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -31,10 +31,10 @@ from xferd.daemon.memory.regions import LocalActor
 from xferd.daemon.sessions.caller import session_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from xferd.api.descriptors import ListSpec
-    from xferd.api.types import Caller, Notification, SessionId, TransferRequest, TransferStatus
+    from xferd.api.types import Caller, Notification, RegionId, SessionId, TransferRequest, TransferStatus
     from xferd.daemon.engine.lists import CheckedList, ListBook
     from xferd.daemon.engine.machine import TransferMachine
     from xferd.daemon.engine.notifications import Inboxes
@@ -44,6 +44,16 @@ if TYPE_CHECKING:
     from xferd.daemon.memory.regions import RegionTable
 
 log = structlog.get_logger(__name__)
+
+
+def _unheard(transfer: Transfer) -> None:
+    """Hear of a new transfer, and do nothing."""
+
+
+class _Look(Protocol):
+    """What is done with the regions on one side of a transfer: checked, or held."""
+
+    def __call__(self, regions: Sequence[RegionId], actor: LocalActor, *, write: bool) -> None: ...
 
 
 class TransferCounters:
@@ -89,6 +99,8 @@ class TransferDesk:
         self._keep_plans_nbytes = keep_plans_nbytes
         self._kept_plans: OrderedDict[TransferId, int] = OrderedDict()
         self._kept_nbytes = 0
+        self._holding: set[TransferId] = set()
+        self._checked: dict[TransferId, int] = {}
         self._by_session: dict[SessionId, OrderedDict[TransferId, Transfer]] = {}
         self._keys: dict[tuple[SessionId, str], tuple[TransferId, bytes]] = {}
         self.counters = TransferCounters()
@@ -97,56 +109,84 @@ class TransferDesk:
 
     async def submit(self, caller: Caller, request: TransferRequest) -> TransferStatus:
         """Create a transfer and, unless ``hold``, post it."""
+        return (await self.submit_one(caller, request)).status()
+
+    async def submit_one(
+        self, caller: Caller, request: TransferRequest, created: Callable[[Transfer], None] = _unheard
+    ) -> Transfer:
+        """As ``submit``; ``created`` is told of a new transfer before it is posted, and so before it can end."""
         session = session_of(caller)
         digest = b""
         if request.key:
             digest = _digest(request)
             known = self._known(session, request.key, digest)
             if known is not None:
-                return known.status()
-        plan = await self.plan(caller, request)
-        if request.key:
-            # Planning may have waited for a peer; the same key may have come in meanwhile.
-            known = self._known(session, request.key, digest)
-            if known is not None:
-                return known.status()
-        transfer = self._create(caller, session, request, plan)
-        if request.key:
-            self._keys[session, request.key] = (transfer.id, digest)
-        if not request.hold:
-            try:
-                self._post(transfer)
-            except XferdError:
-                self._forget(transfer)
-                raise
-        return transfer.status()
+                return known
+        plan = await self.plan(caller, request, explore=True)
+        return self._enter(caller, session, request, plan, digest, created)
 
-    async def plan(self, caller: Caller, request: TransferRequest) -> Plan:
-        """Check a request's lists and rights and plan it, changing nothing."""
-        if request.notification is not None:
-            self._inboxes.check(request.notification)
-        if request.timeout_s < 0:
-            raise InvalidArgument(f"timeout_s is {request.timeout_s}", limit="at least 0", remedy="0 is the default")
+    def submit_now(
+        self, caller: Caller, request: TransferRequest, created: Callable[[Transfer], None] = _unheard
+    ) -> Transfer | None:
+        """As ``submit_one``, in one step of the event loop; None where planning must wait for a peer or a thread."""
+        session = session_of(caller)
+        digest = _digest(request) if request.key else b""
+        known = self._known(session, request.key, digest) if request.key else None
+        if known is not None:
+            return known
+        self._check_request(request)
+        local = self._lists.checked_now(session, request.local)
+        remote = None if local is None else self._lists.checked_now(session, request.remote)
+        if local is None or remote is None or len(local) + len(remote) > LARGE_ROWS:
+            return None
+        source, target = self._ends(request, local, remote)
+        plan = self._planner.plan(source, target, pin=request.backend, explore=True)
+        return self._enter(caller, session, request, plan, digest, created)
+
+    async def plan(self, caller: Caller, request: TransferRequest, *, explore: bool = False) -> Plan:
+        """Check a request's lists and rights and plan it, changing nothing; ``explore`` as the planner says."""
+        self._check_request(request)
         local = await self._lists.checked(caller.session, request.local)
         remote = await self._lists.checked(caller.session, request.remote)
-        if local.node:
-            raise InvalidArgument(
-                f"the local list is of node {local.node}",
-                limit=f"node {self._node}",
-                remedy="swap the lists and the op",
-            )
-        check_total(local, remote)
-        _check_remote_rights(remote, request.op)
-        source, target = (remote, local) if request.op is TransferOp.READ else (local, remote)
+        source, target = self._ends(request, local, remote)
         if len(source) + len(target) > LARGE_ROWS:
-            return await asyncio.to_thread(self._planner.plan, source, target, pin=request.backend)
-        return self._planner.plan(source, target, pin=request.backend)
+            return await asyncio.to_thread(self._planner.plan, source, target, pin=request.backend, explore=explore)
+        return self._planner.plan(source, target, pin=request.backend, explore=explore)
 
     def post(self, caller: Caller, transfer_id: TransferId) -> TransferStatus:
         """Post a held transfer, or an ended one again."""
         transfer = self.owned(caller, transfer_id)
         self._post(transfer)
         return transfer.status()
+
+    def post_heard(self, transfer: Transfer, ended: Callable[[Transfer], None]) -> None:
+        """Post, with ``ended`` called once it has ended, which may be before this returns.
+
+        Raises as ``post`` does, and then ``ended`` is not called.
+        """
+        if transfer.is_active:
+            self._machine.check_post(transfer)  # raises: whoever waits for the running post must not hear of this one
+        self._runner.listen(transfer, ended)
+        try:
+            self._post(transfer)
+        except XferdError:
+            self._runner.unlisten(transfer, ended)
+            raise
+
+    def listen(self, transfer: Transfer, ended: Callable[[Transfer], None]) -> None:
+        """Have ``ended`` called once: when the transfer ends, or now if it has ended."""
+        if transfer.state in ENDED:
+            ended(transfer)
+        else:
+            self._runner.listen(transfer, ended)
+
+    def unlisten(self, transfer: Transfer, ended: Callable[[Transfer], None]) -> None:
+        """Take back what ``listen`` was given; fine if it has been called."""
+        self._runner.unlisten(transfer, ended)
+
+    def begin_cancel(self, transfer: Transfer) -> None:
+        """Begin to cancel; an ended one keeps its state. ``listen`` tells when it has come to rest."""
+        self._runner.cancel(transfer)
 
     # ------------------------------------------------------------------------------------ look
 
@@ -248,10 +288,12 @@ class TransferDesk:
 
     def on_ended(self, transfer: Transfer) -> None:
         """Take note that a transfer has come to rest; the runner calls it before it wakes anyone."""
-        self._regions.release(_holder(transfer))
+        if transfer.id in self._holding:
+            self._holding.discard(transfer.id)
+            self._regions.release(_holder(transfer))
         self.counters.ended[transfer.state] += 1
         self.counters.moved_nbytes += transfer.moved_nbytes
-        if transfer.plan is not None:
+        if transfer.plan is not None and transfer.id not in self._kept_plans:
             self._keep_plan(transfer.id, transfer.plan.memory_nbytes)
         if transfer.state is TransferState.FAILED:
             log.warning(
@@ -281,28 +323,98 @@ class TransferDesk:
 
     # ------------------------------------------------------------------------------------ internals
 
+    def _check_request(self, request: TransferRequest) -> None:
+        if request.notification is not None:
+            self._inboxes.check(request.notification)
+        if request.timeout_s < 0:
+            raise InvalidArgument(f"timeout_s is {request.timeout_s}", limit="at least 0", remedy="0 is the default")
+
+    def _ends(
+        self, request: TransferRequest, local: CheckedList, remote: CheckedList
+    ) -> tuple[CheckedList, CheckedList]:
+        """Return the lists as (source, target), after checking that they fit each other and the op."""
+        if local.node:
+            raise InvalidArgument(
+                f"the local list is of node {local.node}",
+                limit=f"node {self._node}",
+                remedy="swap the lists and the op",
+            )
+        check_total(local, remote)
+        _check_remote_rights(remote, request.op)
+        return (remote, local) if request.op is TransferOp.READ else (local, remote)
+
+    def _enter(
+        self,
+        caller: Caller,
+        session: SessionId,
+        request: TransferRequest,
+        plan: Plan,
+        digest: bytes,
+        created: Callable[[Transfer], None],
+    ) -> Transfer:
+        """Make the transfer of a plan and post it, unless it is held or another request of its key was faster."""
+        if request.key:
+            # Planning may have waited for a peer; the same key may have come in meanwhile.
+            known = self._known(session, request.key, digest)
+            if known is not None:
+                return known
+        transfer = self._create(caller, session, request, plan)
+        if request.key:
+            self._keys[session, request.key] = (transfer.id, digest)
+        try:
+            created(transfer)
+            if not request.hold:
+                self._post(transfer)
+        except XferdError:
+            self._forget(transfer)
+            raise
+        return transfer
+
     def _post(self, transfer: Transfer) -> None:
         """Hold the local regions, then post; the holds end with the post."""
+        # What is posted again and again must not be forgotten as the oldest.
+        self._by_session[transfer.session].move_to_end(transfer.id)
+        if transfer.quick is not None and self._post_quick(transfer):
+            return
         if not transfer.is_active and transfer.plan is not None:
+            if transfer.posts:
+                transfer.plan = self._planner.reordered(transfer.plan)
             self._hold(transfer)
         try:
             self._runner.post(transfer)
         except XferdError:
-            if not transfer.is_active:
+            if not transfer.is_active and transfer.id in self._holding:
+                self._holding.discard(transfer.id)
                 self._regions.release(_holder(transfer))
             raise
         self._unkeep_plan(transfer.id)
 
+    def _post_quick(self, transfer: Transfer) -> bool:
+        """Move all bytes now, if that works. The regions need not be held: nothing else runs meanwhile."""
+        if self._checked.get(transfer.id) != self._regions.revision:
+            self._each_side(transfer, self._regions.check)
+            self._checked[transfer.id] = self._regions.revision
+        return self._runner.post_quick(transfer)
+
     def _hold(self, transfer: Transfer) -> None:
-        actor, holder = LocalActor(transfer.session), _holder(transfer)
-        assert transfer.plan is not None
+        holder, reason = _holder(transfer), f"transfer of agent {transfer.agent}"
         try:
-            for regions, write in ((transfer.plan.source_regions, False), (transfer.plan.target_regions, True)):
-                if regions:
-                    self._regions.hold(regions, holder, f"transfer of agent {transfer.agent}", actor, write=write)
+            self._each_side(
+                transfer,
+                lambda regions, actor, *, write: self._regions.hold(regions, holder, reason, actor, write=write),
+            )
         except XferdError:
             self._regions.release(holder)
             raise
+        self._holding.add(transfer.id)
+
+    def _each_side(self, transfer: Transfer, look: _Look) -> None:
+        """Look at the regions of this node on either side of a transfer."""
+        actor = LocalActor(transfer.session)
+        assert transfer.plan is not None
+        for regions, write in ((transfer.plan.source_regions, False), (transfer.plan.target_regions, True)):
+            if regions:
+                look(regions, actor, write=write)
 
     def _create(self, caller: Caller, session: SessionId, request: TransferRequest, plan: Plan) -> Transfer:
         mine = self._by_session.setdefault(session, OrderedDict())
@@ -330,6 +442,9 @@ class TransferDesk:
             notification=self._addressed(caller, request, transfer_id),
             plan=plan,
             created_at=self._runner.clock(),
+            verify=request.verify,
+            is_enclosed=self._runner.is_enclosed(plan),
+            quick=None if request.notification is not None else self._runner.quick(plan),
         )
         self._machine.add(transfer)
         mine[transfer_id] = transfer
@@ -356,6 +471,8 @@ class TransferDesk:
     def _forget(self, transfer: Transfer) -> None:
         self._machine.forget(transfer)
         self._unkeep_plan(transfer.id)
+        self._runner.unlisten_all(transfer)
+        self._checked.pop(transfer.id, None)
         self._by_session.get(transfer.session, OrderedDict()).pop(transfer.id, None)
         if transfer.key:
             self._keys.pop((transfer.session, transfer.key), None)
@@ -367,7 +484,8 @@ class TransferDesk:
         while self._kept_nbytes > self._keep_plans_nbytes and len(self._kept_plans) > 1:
             oldest, freed_nbytes = self._kept_plans.popitem(last=False)
             self._kept_nbytes -= freed_nbytes
-            self._machine.transfers[oldest].plan = None
+            dropped = self._machine.transfers[oldest]
+            dropped.plan = dropped.quick = None
 
     def _unkeep_plan(self, transfer_id: TransferId) -> None:
         self._kept_nbytes -= self._kept_plans.pop(transfer_id, 0)
@@ -394,7 +512,15 @@ def _digest(request: TransferRequest) -> bytes:
         for part in _parts(spec):
             state.update(len(part).to_bytes(8, "little"))
             state.update(part)
-    rest = (request.op, request.timeout_s, request.priority, request.notification, request.backend, request.hold)
+    rest = (
+        request.op,
+        request.timeout_s,
+        request.priority,
+        request.notification,
+        request.backend,
+        request.hold,
+        request.verify,
+    )
     state.update(repr(rest).encode())
     return state.digest()
 

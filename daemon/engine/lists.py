@@ -162,6 +162,15 @@ class ListBook:
                 )
         return entry.checked.select(spec.index)
 
+    def checked_now(self, session: SessionId | None, spec: ListSpec) -> CheckedList | None:
+        """As ``checked``, without waiting; None where that is needed: for lists of other nodes, and long ones."""
+        if isinstance(spec, PreparedRef):
+            checked = self._owned(session, spec.handle).checked
+            return None if checked.node else checked.select(spec.index)
+        if not self.is_local(spec.node) or len(spec) > LARGE_ROWS:
+            return None
+        return self._check_local(spec)
+
     async def prepare(self, session: SessionId, descriptors: DescriptorList, now: float) -> PreparedInfo:
         """Check a list and keep it."""
         if len(self._entries) >= self._max_prepared:

@@ -30,6 +30,8 @@ from xferd.daemon.engine.plan import ChunkRef
 from xferd.daemon.engine.states import ACTIVE, Event, next_state
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from xferd.api.types import Notification, Priority, SessionId, TransferId, TransferOp
     from xferd.daemon.engine.plan import Plan, Route
     from xferd.daemon.engine.scheduler import Scheduler, SlotKey
@@ -49,7 +51,12 @@ ROUTE_FAULTS = (
 
 @dataclass(slots=True)
 class Transfer:
-    """One transfer. Only the machine writes to it."""
+    """One transfer. Only the machine writes to it.
+
+    ``quick``, where it is set, moves all of the plan's bytes within one short call; see ``moved_at_once``.
+    ``is_enclosed`` says that something surrounds the chunks of each post, which must be settled before the end
+    (``passage.py``); ``verify``, that what is read must be proven.
+    """
 
     id: TransferId
     session: SessionId
@@ -73,6 +80,10 @@ class Transfer:
     route_index: dict[int, int] = field(default_factory=dict)
     routes_tried: list[str] = field(default_factory=list)
     moved_nbytes: int = 0
+    verify: bool = False
+    is_enclosed: bool = False
+    is_settling: bool = False
+    is_settled: bool = False
     is_notifying: bool = False
     is_notified: bool = False
     posted_at: float = 0.0
@@ -84,6 +95,7 @@ class Transfer:
     pieces: int = 0
     chunks: int = 0
     last_routes: tuple[Route, ...] = ()
+    quick: Callable[[], int] | None = None
     story: deque[str] = field(default_factory=lambda: deque(maxlen=32))
 
     @property
@@ -142,6 +154,12 @@ class StartChunk:
     start: int
     stop: int
 
+    @property
+    def leg_nbytes(self) -> int:
+        """Bytes of the whole leg."""
+        assert self.transfer.plan is not None
+        return self.transfer.plan.legs[self.chunk.leg].cuts[-1]
+
 
 @dataclass(frozen=True, slots=True)
 class AbortChunks:
@@ -159,13 +177,21 @@ class SendNotification:
 
 
 @dataclass(frozen=True, slots=True)
+class Settle:
+    """Commit what surrounds the chunks, or drop it, then report ``settled``; no chunk is in flight."""
+
+    transfer: Transfer
+    commit: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """Release what the transfer holds and tell who waits."""
 
     transfer: Transfer
 
 
-Instruction: TypeAlias = StartChunk | AbortChunks | SendNotification | Ended
+Instruction: TypeAlias = StartChunk | AbortChunks | SendNotification | Settle | Ended
 
 
 class TransferMachine:
@@ -203,7 +229,7 @@ class TransferMachine:
         assert transfer.plan is not None
         transfer.posts += 1
         transfer.verdict = None
-        transfer.is_notified = False
+        transfer.is_notified = transfer.is_settling = transfer.is_settled = False
         transfer.moved_nbytes = 0
         transfer.posted_at = now
         transfer.started_at = transfer.first_byte_at = transfer.ended_at = 0.0
@@ -214,6 +240,29 @@ class TransferMachine:
         for leg in transfer.todo:
             self._enqueue(transfer, leg)
         return self.starts(now)
+
+    def check_post(self, transfer: Transfer) -> None:
+        """Raise ``InvalidState`` if the transfer cannot be posted now."""
+        next_state(f"transfer {transfer.id}", transfer.state, Event.POST, transfer.story)
+
+    def moved_at_once(self, transfer: Transfer, posted_at: float, now: float) -> Ended:
+        """POST, START, all bytes and FINISH in one event: a backend moved them within one uninterrupted call.
+
+        For plans of one chunk whose move is shorter than giving it to a thread would be. Takes no slot, has no
+        deadline, and nothing of it was ever under way when another event is looked at.
+        """
+        assert transfer.plan is not None
+        transfer.posts += 1
+        transfer.verdict = None
+        transfer.posted_at = transfer.started_at = posted_at
+        transfer.first_byte_at = transfer.ended_at = now
+        transfer.moved_nbytes = transfer.total_nbytes
+        if transfer.posts == 1 or transfer.routes_tried:
+            transfer.routes_tried = []
+            transfer.last_routes = (transfer.plan.legs[0].routes[0],)
+        transfer.state = TransferState.DONE
+        transfer.story.append("moved at once")
+        return Ended(transfer)
 
     def starts(self, now: float) -> list[Instruction]:
         """Give free slots to waiting transfers."""
@@ -275,6 +324,9 @@ class TransferMachine:
                         self._enqueue(transfer, number)
                 return self.starts(now)
             error.routes_tried = tuple(transfer.routes_tried)
+            if route.pin:
+                error.limit = error.limit or f"pinned to backend {route.pin!r}"
+                error.remedy = error.remedy or "leave the backend open, so that another route is tried"
         return self.fail(transfer, error, now)
 
     def fail(self, transfer: Transfer, error: XferdError, now: float) -> list[Instruction]:
@@ -303,6 +355,18 @@ class TransferMachine:
             ),
             now,
         )
+
+    def settled(
+        self, transfer: Transfer, *, committed: bool, error: XferdError | None, now: float
+    ) -> list[Instruction]:
+        """What surrounds the chunks is committed, or dropped, or could not be.
+
+        A verdict that came while it was being committed came too late: the bytes are in place, as a whole.
+        """
+        transfer.is_settling, transfer.is_settled = False, True
+        if committed:
+            transfer.verdict = error
+        return self._conclude(transfer, now) + self.starts(now)
 
     def notified(self, transfer: Transfer, error: XferdError | None, now: float) -> list[Instruction]:
         """The notification was delivered, or could not be."""
@@ -361,13 +425,18 @@ class TransferMachine:
     def _stop(self, transfer: Transfer, now: float) -> list[Instruction]:
         self._scheduler.remove(transfer.id)
         transfer.todo = {leg: deque() for leg in transfer.todo}
+        if transfer.is_settling:
+            return []  # what is half committed must come to its end first
         if transfer.in_flight or transfer.is_notifying:
             return [AbortChunks(transfer)]
         return self._conclude(transfer, now) + self.starts(now)
 
     def _conclude(self, transfer: Transfer, now: float) -> list[Instruction]:
-        """Nothing is in flight: notify first, then end."""
+        """Nothing is in flight: settle first, then notify, then end."""
         verdict = transfer.verdict
+        if transfer.is_enclosed and not transfer.is_settled:
+            transfer.is_settling = True
+            return [Settle(transfer, commit=verdict is None)]
         if verdict is not None:
             return self._end(transfer, Event.CANCEL if isinstance(verdict, Cancelled) else Event.FAIL, now)
         if transfer.notification is not None and not transfer.is_notified:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from xferd.api.errors import AgentUnknown, InvalidArgument, LimitExceeded, Overloaded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from xferd.api.types import Notification
 
 
@@ -18,6 +20,11 @@ class _Inbox:
     waiting: deque[Notification] = field(default_factory=deque)
     nbytes: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    listener: Callable[[], None] | None = None
+
+    def changed(self) -> None:
+        if self.listener is not None:
+            self.listener()
 
 
 class Inboxes:
@@ -66,8 +73,7 @@ class Inboxes:
         inbox = self._inboxes.get(agent)
         if inbox is None:
             raise AgentUnknown(f"no agent {agent!r} on node {self._node}", remedy="the target must have a session open")
-        # A payload of nothing still takes room, or a flood of them would have no bound.
-        size = len(notification.payload) + 64
+        size = _room_of(notification)
         if inbox.nbytes + size > self.max_nbytes:
             raise Overloaded(
                 f"the inbox of agent {agent!r} holds {inbox.nbytes} bytes",
@@ -77,6 +83,23 @@ class Inboxes:
         inbox.waiting.append(notification)
         inbox.nbytes += size
         inbox.arrived.set()
+        inbox.changed()
+
+    def listen(self, agent: str, listener: Callable[[], None] | None) -> None:
+        """Have ``listener`` called whenever the agent's inbox has changed; there is one, None takes it back."""
+        inbox = self._inboxes.get(agent)
+        if inbox is not None:
+            inbox.listener = listener
+
+    def first(self, agent: str) -> Notification | None:
+        """Return the oldest notification that waits, and leave it there."""
+        inbox = self._inboxes.get(agent)
+        return inbox.waiting[0] if inbox is not None and inbox.waiting else None
+
+    def drop_first(self, agent: str) -> None:
+        """Take the oldest notification out: it was told in another way."""
+        inbox = self._inboxes[agent]
+        inbox.nbytes -= _room_of(inbox.waiting.popleft())
 
     async def take(self, agent: str, limit: int, timeout_s: float) -> list[Notification]:
         """Take up to ``limit`` notifications, waiting for the first; empty when the time is over. Cancel-safe."""
@@ -92,5 +115,12 @@ class Inboxes:
             except TimeoutError:
                 return []
         taken = [inbox.waiting.popleft() for _ in range(min(limit, len(inbox.waiting)))]
-        inbox.nbytes -= sum(len(notification.payload) + 64 for notification in taken)
+        inbox.nbytes -= sum(map(_room_of, taken))
+        if taken:
+            inbox.changed()  # a listener may have waited for this: what it had no room for is out of its way
         return taken
+
+
+def _room_of(notification: Notification) -> int:
+    """Return what a notification takes of its inbox; an empty one takes room too, or a flood would have no bound."""
+    return len(notification.payload) + 8 * len(notification.regions) + 64

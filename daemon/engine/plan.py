@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from xferd.api.types import Hop, RegionId
+    from xferd.daemon.engine.candidates import Choice
     from xferd.plugins.base import Extent
+
+
+class CostKey(NamedTuple):
+    """What costs are learned for, beside the size: a route between two kinds of space, with one peer or ""."""
+
+    route: str
+    source: str
+    target: str
+    peer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """A way to move a leg: one backend, or two with staging memory between them.
 
-    ``slot_key`` names what its chunks compete for, and ``slots`` how many of them may move at once.
+    ``slot_key`` names what its chunks compete for, and ``slots`` how many of them may move at once. ``cost_s`` is what
+    the whole leg is expected to take, ``assumed_s`` what the backends assume; without ``cost_key`` nothing is learned.
+    ``pin`` names the backend that the caller insists on, "" if there is none.
     """
 
     hops: tuple[Hop, ...]
@@ -22,6 +34,9 @@ class Route:
     slot_key: tuple[str, str]
     slots: int
     is_restartable: bool
+    cost_key: CostKey | None = None
+    assumed_s: float = 0.0
+    pin: str = ""
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -60,7 +75,7 @@ class Leg:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """All legs of a transfer, with what was weighed.
+    """All legs of a transfer, with what was weighed for each.
 
     ``pieces`` counts both sides after coalescing. ``source_regions`` and ``target_regions`` are those of this node,
     which must be held while bytes move; ``remote_node`` is "" for a transfer within this node.
@@ -70,7 +85,7 @@ class Plan:
     total_nbytes: int
     descriptors: int
     pieces: int
-    considered: tuple[str, ...]
+    choices: tuple[Choice, ...]
     source_regions: tuple[RegionId, ...]
     target_regions: tuple[RegionId, ...]
     remote_node: str
@@ -79,6 +94,11 @@ class Plan:
     def chunks(self) -> int:
         """Number of chunks over all legs."""
         return sum(leg.chunks for leg in self.legs)
+
+    @property
+    def considered(self) -> tuple[str, ...]:
+        """Every candidate, what is expected of it and why it was chosen or not."""
+        return tuple(dict.fromkeys(line for choice in self.choices for line in choice.lines()))
 
     @property
     def memory_nbytes(self) -> int:

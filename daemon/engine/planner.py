@@ -1,25 +1,30 @@
-"""From two checked lists to a plan: group by spaces, coalesce, choose routes, cut into chunks.
+"""From two checked lists to a plan: group by spaces, coalesce, choose routes (``candidates.py``), cut into chunks.
 
 The planner proposes; the machine decides when to go on to the next route. All column work is numpy.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from xferd.api.descriptors import coalesce, cut_points, pair
-from xferd.api.errors import NoRoute
-from xferd.api.types import Estimate, Explanation, Hop
-from xferd.daemon.engine.plan import Leg, Plan, Route
-from xferd.plugins.base import Extent, MappedSpace, RemoteSpace
+from xferd.api.errors import InvalidArgument, NoRoute
+from xferd.api.types import Estimate, Explanation
+from xferd.daemon.engine.candidates import Candidates
+from xferd.daemon.engine.plan import Leg, Plan
+from xferd.plugins.base import Extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from xferd.api.types import RouteCost
+    from xferd.daemon.engine.candidates import Choice
     from xferd.daemon.engine.costs import CostModel
     from xferd.daemon.engine.lists import CheckedList
+    from xferd.daemon.engine.plan import Route
     from xferd.plugins.base import Backend, Space
 
 
@@ -41,63 +46,87 @@ class Planner:
         self._costs = costs
         self._chunk_nbytes = chunk_nbytes
         self._max_pieces = max_pieces
-        self._staging_slots = staging_slots
+        self._candidates = Candidates(node, backends, costs, staging_slots=staging_slots)
 
-    def plan(self, source: CheckedList, target: CheckedList, *, pin: str = "") -> Plan:
+    def plan(self, source: CheckedList, target: CheckedList, *, pin: str = "", explore: bool = False) -> Plan:
         """Plan a move between lists of equal totals.
 
         Args:
             source: where the bytes are.
             target: where they go.
-            pin: name of a backend that must be part of every route; "" leaves the choice to the planner.
+            pin: name of a backend that must be part of the route, which is then the only one; "" leaves the choice to
+                the planner.
+            explore: the plan will be posted, so that a route that was not measured for long may get a trial.
 
         Raises:
+            InvalidArgument: no backend has the pinned name; or a part of what can only be written as a whole.
             NoRoute: nothing can move between two of the spaces; the message says why for each backend.
         """
+        if pin and pin not in self._backends:
+            raise InvalidArgument(
+                f"no backend {pin!r} on node {self._node}",
+                limit=f"backends: {', '.join(self._backends) or 'none'}",
+                remedy="name one of them, or leave the choice to the planner",
+            )
         legs: list[Leg] = []
-        considered: list[str] = []
+        choices: list[Choice] = []
         for left, right in _groups(source, target):
             nbytes, pieces = left.nbytes, len(left.iov) + len(right.iov)
-            routes, weighed = self.routes(left.space, right.space, nbytes, pieces, pin=pin)
-            considered.extend(line for line in weighed if line not in considered)
-            if not routes:
+            choice = self._candidates.choose(left.space, right.space, nbytes, pieces, pin=pin, explore=explore)
+            choices.append(choice)
+            if not choice.routes:
                 raise NoRoute(
                     f"nothing moves {left.space} to {right.space} on node {self._node}"
                     + (f" by backend {pin!r}" if pin else ""),
-                    remedy="; ".join(weighed) or "configure a backend for this pair",
+                    remedy="; ".join(choice.lines()) or "configure a backend for this pair",
                 )
+            left, right = self._backends[choice.routes[0].backends[-1]].arrange(left, right)
             cuts = cut_points(
                 left.iov[:, 1], right.iov[:, 1], chunk_nbytes=self._chunk_nbytes, max_pieces=self._max_pieces
             )
             if len(cuts) > 2:  # chunks are cut one by one, as they start
                 left, right = left.indexed(), right.indexed()
-            legs.append(Leg(left, right, tuple(cuts), routes))
+            legs.append(Leg(left, right, tuple(cuts), choice.routes))
         return Plan(
             tuple(legs),
             source.total_nbytes,
             len(source) + len(target),
             sum(len(leg.source.iov) + len(leg.target.iov) for leg in legs),
-            tuple(considered),
+            tuple(choices),
             () if source.node else source.regions,
             () if target.node else target.regions,
             source.node or target.node,
         )
 
-    def routes(
-        self, source: Space, target: Space, nbytes: int, pieces: int, *, pin: str = ""
-    ) -> tuple[tuple[Route, ...], list[str]]:
-        """Return the routes between two spaces, cheapest first, and what was weighed."""
-        found: list[Route] = []
-        weighed: list[str] = []
-        for route, why in self._candidates(source, target, nbytes, pieces):
-            if route is not None and pin and pin not in route.backends:
-                weighed.append(f"{route.name}: not the pinned backend {pin!r}")
-            elif route is not None:
-                found.append(route)
-                weighed.append(f"{route.name}: {why}")
-            else:
-                weighed.append(why)
-        return tuple(sorted(found, key=lambda route: route.cost_s)), weighed
+    def routes(self, source: Space, target: Space, nbytes: int, pieces: int) -> Choice:
+        """Return the routes between two spaces, in the order in which they are tried, and what was weighed."""
+        return self._candidates.choose(source, target, nbytes, pieces)
+
+    def reordered(self, plan: Plan) -> Plan:
+        """Return a plan with its routes in today's order, for another post: one that failed lately comes last.
+
+        The same plan, at no cost, while no route is in trouble.
+        """
+        if not self._costs.has_trouble():
+            return plan
+        legs = tuple(replace(leg, routes=self._reordered(leg)) for leg in plan.legs)
+        return (
+            replace(plan, legs=legs)
+            if any(a.routes != b.routes for a, b in zip(legs, plan.legs, strict=True))
+            else plan
+        )
+
+    def _reordered(self, leg: Leg) -> tuple[Route, ...]:
+        def rank(route: Route) -> tuple[bool, float]:
+            if route.cost_key is None:
+                return False, route.cost_s
+            return self._costs.expect(route.cost_key, leg.cuts[-1], route.assumed_s).rank
+
+        return tuple(sorted(leg.routes, key=rank))
+
+    def learned(self) -> list[RouteCost]:
+        """List what was learned of routes."""
+        return self._costs.listing()
 
     def explain(self, plan: Plan) -> Explanation:
         """Say what a plan would do."""
@@ -107,71 +136,9 @@ class Planner:
     def estimate(self, plan: Plan) -> Estimate:
         """Say how long a plan would take if nothing else moved."""
         duration_s = sum(leg.routes[0].cost_s for leg in plan.legs)
-        measured = all(
-            self._costs.is_measured(leg.routes[0].name, leg.source.space, leg.target.space) for leg in plan.legs
-        )
+        basis = "measured" if all(choice.basis == "measured" for choice in plan.choices) else "assumed"
         hops = tuple(hop for leg in plan.legs for hop in leg.routes[0].hops)
-        return Estimate(duration_s, plan.total_nbytes / duration_s, "measured" if measured else "assumed", hops)
-
-    # -------------------------------------------------------------------------------- candidates
-
-    def _candidates(self, source: Space, target: Space, nbytes: int, pieces: int) -> Iterator[tuple[Route | None, str]]:
-        is_direct = False
-        for name, backend in self._backends.items():
-            refusal = backend.refusal(source, target)
-            if refusal:
-                yield None, f"{name}: {refusal}"
-                continue
-            is_direct = True
-            yield self._direct(name, backend, source, target, nbytes, pieces)
-        if is_direct:
-            return
-        # No backend reaches both ends: go through staging memory of ours, which every backend can reach.
-        staging = MappedSpace()
-        for first_name, first in self._backends.items():
-            if first.refusal(source, staging):
-                continue
-            for second_name, second in self._backends.items():
-                if not second.refusal(staging, target):
-                    yield self._staged((first_name, first), (second_name, second), source, target, nbytes, pieces)
-
-    def _direct(
-        self, name: str, backend: Backend, source: Space, target: Space, nbytes: int, pieces: int
-    ) -> tuple[Route, str]:
-        assumed_s = backend.estimate_s(source, target, nbytes, pieces)
-        cost_s, basis = self._costs.estimate_s(name, source, target, nbytes, assumed_s)
-        reason = f"{cost_s * 1e3:.3g} ms {basis} for {nbytes} bytes in {pieces} pieces"
-        hop = Hop(name, self._place(source), self._place(target), reason)
-        remote = source if isinstance(source, RemoteSpace) else target
-        key = (name, remote.node if isinstance(remote, RemoteSpace) else "")
-        route = Route((hop,), cost_s, key, max(backend.slots(source, target), 1), backend.is_restartable)
-        return route, reason
-
-    def _staged(
-        self,
-        first: tuple[str, Backend],
-        second: tuple[str, Backend],
-        source: Space,
-        target: Space,
-        nbytes: int,
-        pieces: int,
-    ) -> tuple[Route, str]:
-        staging = MappedSpace()
-        name = f"{first[0]}+{second[0]}"
-        assumed_s = first[1].estimate_s(source, staging, nbytes, pieces) + second[1].estimate_s(
-            staging, target, nbytes, pieces
-        )
-        cost_s, basis = self._costs.estimate_s(name, source, target, nbytes, assumed_s)
-        hops = (
-            Hop(first[0], self._place(source), f"staging@{self._node}", "no backend reaches both ends"),
-            Hop(second[0], f"staging@{self._node}", self._place(target), f"{cost_s * 1e3:.3g} ms {basis} together"),
-        )
-        slots = min(first[1].slots(source, staging), second[1].slots(staging, target), self._staging_slots)
-        restartable = first[1].is_restartable and second[1].is_restartable
-        return Route(hops, cost_s, (name, ""), max(slots, 1), restartable), "through staging memory"
-
-    def _place(self, space: Space) -> str:
-        return str(space) if isinstance(space, RemoteSpace) else f"{space}@{self._node}"
+        return Estimate(duration_s, plan.total_nbytes / duration_s, basis, hops)
 
 
 def _groups(source: CheckedList, target: CheckedList) -> Iterator[tuple[Extent, Extent]]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
 import structlog
 
 from xferd.api.errors import Cancelled, InternalError, XferdError
-from xferd.api.types import ENDED, TransferState
-from xferd.daemon.engine.machine import AbortChunks, Ended, SendNotification, StartChunk
+from xferd.api.types import ENDED
+from xferd.daemon.engine.machine import AbortChunks, Ended, SendNotification, Settle, StartChunk
+from xferd.daemon.engine.passage import Passage, is_needed
 from xferd.plugins.base import Chunk, Extent, MappedSpace
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from xferd.api.types import Notification, SessionId, TransferId
     from xferd.daemon.engine.costs import CostModel
     from xferd.daemon.engine.machine import Instruction, Transfer, TransferMachine
+    from xferd.daemon.engine.passage import Move
+    from xferd.daemon.engine.plan import Plan
+    from xferd.daemon.engine.sealing import Sealer
     from xferd.plugins.base import Backend, IovTable
 
 _Outcome: TypeAlias = int | XferdError
@@ -47,8 +51,9 @@ class Runner:
     Args:
         machine: owner of all transfers.
         backends: by name.
-        costs: told of every leg that finished.
+        costs: told of every chunk, when it starts and how it came to rest.
         staging: memory for routes of two hops.
+        sealer: keeps the proof of what lies in storage pools.
         deliver: delivers a notification, here or on another node.
         on_ended: called when a transfer has come to rest, before anyone who waits is woken.
         clock: monotonic seconds plus an offset that makes them UNIX time.
@@ -61,6 +66,7 @@ class Runner:
         costs: CostModel,
         staging: Staging,
         *,
+        sealer: Sealer,
         deliver: Callable[[Notification], Awaitable[None]],
         on_ended: Callable[[Transfer], None],
         clock: Callable[[], float],
@@ -69,6 +75,8 @@ class Runner:
         self._backends = backends
         self._costs = costs
         self._staging = staging
+        self._sealer = sealer
+        self._passages: dict[TransferId, Passage] = {}
         self._deliver = deliver
         self._on_ended = on_ended
         self.clock = clock
@@ -77,6 +85,7 @@ class Runner:
         self._deadlines: dict[TransferId, asyncio.TimerHandle] = {}
         self._waiters: dict[TransferId, list[asyncio.Future[None]]] = {}
         self._watchers: dict[SessionId, list[asyncio.Queue[Transfer]]] = {}
+        self._listeners: dict[TransferId, list[Callable[[Transfer], None]]] = {}
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -95,10 +104,63 @@ class Runner:
     def post(self, transfer: Transfer) -> None:
         """Post a transfer and arm its deadline."""
         instructions = self._machine.post(transfer, self.clock())
+        if transfer.is_enclosed:
+            self._passages[transfer.id] = Passage(transfer, self._backends, self._sealer)
         self._deadlines[transfer.id] = asyncio.get_running_loop().call_later(
             transfer.timeout_s, self._deadline, transfer, transfer.posts
         )
         self.perform(instructions)
+
+    def quick(self, plan: Plan) -> Callable[[], int] | None:
+        """Return a call that moves all of a plan's bytes at once; None where they need a thread or a peer.
+
+        Only where the planner's first choice offers it, and in one chunk.
+        """
+        if len(plan.legs) != 1:
+            return None
+        [leg] = plan.legs
+        route = leg.routes[0]
+        if leg.chunks != 1 or route.is_staged:
+            return None
+        return self._backends[route.backends[0]].move_now(leg.source, leg.target)
+
+    def is_enclosed(self, plan: Plan) -> bool:
+        """Whether something must be opened before a plan's chunks move, and settled afterwards."""
+        return is_needed(plan, self._backends, self._sealer)
+
+    def post_quick(self, transfer: Transfer) -> bool:
+        """Post a transfer by its quick move; False if that failed, and nothing has happened to its state.
+
+        Raises:
+            InvalidState: it cannot be posted now.
+        """
+        assert transfer.quick is not None
+        self._machine.check_post(transfer)
+        posted_at = self.clock()
+        try:
+            moved = transfer.quick()
+        except XferdError:
+            return False  # the long way tries again, and tells what is wrong
+        if moved != transfer.total_nbytes:
+            return False
+        self._ended(self._machine.moved_at_once(transfer, posted_at, self.clock()).transfer)
+        return True
+
+    def listen(self, transfer: Transfer, listener: Callable[[Transfer], None]) -> None:
+        """Call ``listener`` once, when the transfer ends, before others are woken."""
+        self._listeners.setdefault(transfer.id, []).append(listener)
+
+    def unlisten(self, transfer: Transfer, listener: Callable[[Transfer], None]) -> None:
+        """Take a listener back; fine if it has been called."""
+        listeners = self._listeners.get(transfer.id, [])
+        if listener in listeners:
+            listeners.remove(listener)
+        if not listeners:
+            self._listeners.pop(transfer.id, None)
+
+    def unlisten_all(self, transfer: Transfer) -> None:
+        """Forget who listens: the transfer is forgotten too."""
+        self._listeners.pop(transfer.id, None)
 
     def cancel(self, transfer: Transfer) -> None:
         """Begin to cancel; ``wait`` returns when it has come to rest."""
@@ -156,6 +218,10 @@ class Runner:
                         name,
                         functools.partial(self._notified, transfer),
                     )
+                case Settle(transfer, commit):
+                    name = f"settle {transfer.id}"
+                    report = functools.partial(self._settled, transfer, commit)
+                    self._spawn(transfer, self._settle(transfer, commit=commit), name, report)
                 case AbortChunks(transfer):
                     for task in self._tasks.get(transfer.id, ()):
                         task.cancel()
@@ -183,17 +249,22 @@ class Runner:
         task.add_done_callback(done)
 
     async def _move(self, start: StartChunk) -> _Outcome:
+        outcome: _Outcome | None = None
+        metered = self._costs.begin(start.route, start.stop - start.start, start.leg_nbytes)
         try:
-            return await self._move_chunk(start)
+            outcome = await self._move_chunk(start)
         except XferdError as error:
-            return error
+            outcome = error
         except Exception as caught:
             # A backend's bug ends its chunk, not the daemon.
             transfer = start.transfer
             log.exception("backend_bug", transfer=transfer.id, route=start.route.name, cause_id=transfer.cause_id)
             bug = InternalError(f"{start.route.name}: {type(caught).__name__}: {caught}", remedy="see the node's log")
             bug.__cause__ = caught
-            return bug
+            outcome = bug
+        finally:
+            self._costs.end(metered, outcome)  # of a cancelled one too
+        return outcome
 
     def _moved(self, start: StartChunk, outcome: _Outcome) -> None:
         now = self.clock()
@@ -210,19 +281,41 @@ class Runner:
         source = leg.source if whole else leg.source.cut(start.start, start.stop)
         target = leg.target if whole else leg.target.cut(start.start, start.stop)
         nbytes = start.stop - start.start
+        passage = self._passages.get(transfer.id)
+        if passage is None:
+            moves: list[Move] = [self._backends[name].move for name in route.backends]
+        else:
+            moves = await passage.moves(start.chunk.leg, route)
         if not route.is_staged:
-            return await self._backends[route.backends[0]].move(self._chunk(transfer, source, target, nbytes))
+            return await moves[0](self._chunk(transfer, source, target, nbytes))
         async with self._staging.lease(f"transfer {transfer.id}", nbytes) as table:
             staged = Extent(MappedSpace(), table)
-            first, second = (self._backends[name] for name in route.backends)
-            moved = await first.move(self._chunk(transfer, source, staged, nbytes))
+            first, second = moves
+            moved = await first(self._chunk(transfer, source, staged, nbytes))
             if moved != nbytes:
                 return moved
-            return await second.move(self._chunk(transfer, staged, target, nbytes))
+            return await second(self._chunk(transfer, staged, target, nbytes))
 
     @staticmethod
     def _chunk(transfer: Transfer, source: Extent, target: Extent, nbytes: int) -> Chunk:
         return Chunk(source, target, nbytes, transfer.wire_id, transfer.cause_id, transfer.agent)
+
+    async def _settle(self, transfer: Transfer, *, commit: bool) -> _Outcome:
+        passage = self._passages.pop(transfer.id)
+        try:
+            await (passage.commit() if commit else passage.abandon())
+        except XferdError as error:
+            return error
+        except Exception as caught:
+            log.exception("backend_bug", transfer=transfer.id, cause_id=transfer.cause_id)
+            bug = InternalError(f"{type(caught).__name__}: {caught}", remedy="see the node's log")
+            bug.__cause__ = caught
+            return bug
+        return 0
+
+    def _settled(self, transfer: Transfer, commit: bool, outcome: _Outcome) -> None:
+        error = outcome if isinstance(outcome, XferdError) else None
+        self.perform(self._machine.settled(transfer, committed=commit, error=error, now=self.clock()))
 
     async def _notify(self, notification: Notification) -> _Outcome:
         try:
@@ -242,20 +335,14 @@ class Runner:
         deadline = self._deadlines.pop(transfer.id, None)
         if deadline is not None:
             deadline.cancel()
-        self._learn(transfer)
         self._on_ended(transfer)
+        for listener in self._listeners.pop(transfer.id, ()):
+            listener(transfer)
         for future in self._waiters.pop(transfer.id, []):
             if not future.done():
                 future.set_result(None)
         for queue in self._watchers.get(transfer.session, []):
             queue.put_nowait(transfer)
-
-    def _learn(self, transfer: Transfer) -> None:
-        """Tell the cost model; only a transfer of one leg says how fast its route is."""
-        if transfer.state is TransferState.DONE and transfer.plan is not None and len(transfer.plan.legs) == 1:
-            leg, route = transfer.plan.legs[0], transfer.last_routes[0]
-            duration_s = transfer.ended_at - transfer.started_at
-            self._costs.observe(route.name, leg.source.space, leg.target.space, transfer.total_nbytes, duration_s)
 
     def _waiter(self, loop: asyncio.AbstractEventLoop, transfer: Transfer) -> asyncio.Future[None]:
         future = loop.create_future()

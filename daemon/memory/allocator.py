@@ -90,6 +90,40 @@ class ExtentAllocator:
         self._peak_units = max(self._peak_units, self._used_units)
         return [offset * self.align for offset in offsets]
 
+    def take_over(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Take given (offset, nbytes) extents, as an earlier allocator had placed them; only before any allocation.
+
+        Raises:
+            InvalidArgument: an offset off the grid, an extent outside, two that overlap, or something is allocated.
+        """
+        at, taken = 0, {}
+        for offset, nbytes in sorted(extents):
+            start, size = offset // self.align, -(-nbytes // self.align)
+            if self._used or offset % self.align or size < 1 or start < at or start + size > self._units:
+                raise InvalidArgument(
+                    f"an extent of {nbytes} bytes at offset {offset} cannot be taken over",
+                    limit=f"free bytes from {at * self.align} to {self._units * self.align}",
+                    remedy="take extents over once, before anything is allocated",
+                )
+            taken[start] = size
+            at = start + size
+        self._take(0, self._units)
+        at = 0
+        for start, size in taken.items():
+            if start > at:
+                self._put(at, start - at)
+            at = start + size
+        if at < self._units:
+            self._put(at, self._units - at)
+        self._used = taken
+        self._used_units = sum(taken.values())
+        self._peak_units = max(self._peak_units, self._used_units)
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """Return (offset, nbytes) of what is free, in order."""
+        free = sorted(self._free_by_start.items())
+        return [(start * self.align, size * self.align) for start, size in free]
+
     def free(self, offset: int) -> int:
         """Give an extent back and return its size in bytes.
 

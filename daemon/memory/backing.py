@@ -55,6 +55,9 @@ class Backing(abc.ABC):
         pool_name: the pool, or "".
         pool_offset: offset in the pool, or 0.
         path: the file's resolved path, or "".
+        outlives_client: whether the bytes stay when the client that registered them ends, so that the region can be
+            handed over to another one.
+        is_persistent: whether the region outlives its session, and the daemon.
     """
 
     kind: MemoryKind = MemoryKind.DRAM
@@ -65,6 +68,8 @@ class Backing(abc.ABC):
     pool_name: str = ""
     pool_offset: int = 0
     path: str = ""
+    outlives_client: bool = False
+    is_persistent: bool = False
     _closed = False
 
     def close(self) -> None:
@@ -86,6 +91,7 @@ class PoolBacking(Backing):
     """An extent of a pool; ``close`` frees it. ``address`` is the extent's own, not the pool's."""
 
     source = RegionSource.POOL
+    outlives_client = True
 
     def __init__(self, pool: HostPool, offset: int, address: int) -> None:
         self.pool = pool
@@ -109,6 +115,7 @@ class MemfdBacking(Backing):
     """
 
     source = RegionSource.MEMFD
+    outlives_client = True
 
     def __init__(self, mapping: Mapping) -> None:
         self._mapping = mapping
@@ -148,6 +155,7 @@ class FileBacking(Backing):
     """
 
     kind = MemoryKind.FILE
+    outlives_client = True
 
     def __init__(self, fd: int, path: str, source: RegionSource, nbytes: int = 0) -> None:
         self.nbytes = nbytes

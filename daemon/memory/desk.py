@@ -33,6 +33,8 @@ from xferd.daemon.memory.backing import (
 )
 from xferd.daemon.memory.regions import LocalActor
 from xferd.daemon.sessions.caller import session_of
+from xferd.daemon.storage.backing import StorageBacking
+from xferd.daemon.storage.desk import KEEPER
 from xferd.plugins.base import Chunk, Extent, MappedSpace
 from xferd.plugins.vectored import iov_of
 
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from xferd.daemon.memory.files import FileRoots
     from xferd.daemon.memory.pool import HostPool
     from xferd.daemon.memory.regions import RegionTable
+    from xferd.daemon.storage.desk import StorageDesk
     from xferd.plugins.base import Backend
 
 STREAM_NBYTES = 1 << 20
@@ -77,6 +80,7 @@ class MemoryDesk:
         roots: FileRoots,
         planner: Planner,
         backends: Mapping[str, Backend],
+        storage: StorageDesk,
         *,
         max_group: int,
     ) -> None:
@@ -87,6 +91,7 @@ class MemoryDesk:
         self._roots = roots
         self._planner = planner
         self._backends = backends
+        self._storage = storage
         self.max_group = max_group
         self._processes: dict[SessionId, ClientProcess] = {}
 
@@ -121,7 +126,16 @@ class MemoryDesk:
                 limit=f"{self.max_group} regions (limits.max_group)",
                 remedy="allocate one large region and address parts of it",
             )
+        if self._storage.has(request.pool):
+            infos = await self._storage.allocate(session, caller.agent, request)
+            return RegionListing(self._node, self._epoch, infos)
         pool = self._pool(request.pool)
+        if request.persistent:
+            raise Unsupported(
+                f"persistent regions of pool {pool.name!r}, whose memory ends with the daemon",
+                limit="pools of [[storage_pools]]",
+                remedy="name a storage pool",
+            )
         offsets = pool.allocate_group(request.nbytes)
         backings = [PoolBacking(pool, offset, pool.address + offset) for offset in offsets]
         try:
@@ -178,15 +192,16 @@ class MemoryDesk:
         return self._add(caller, backing, backing.nbytes, access, label, writable=writable)
 
     async def free(self, caller: Caller, regions: Sequence[RegionId]) -> None:
-        """Free regions of the caller, all or none."""
-        await self._close(self._regions.remove(session_of(caller), regions))
+        """Free regions of the caller, all or none; an operator's are the persistent ones whose agent is away."""
+        owner = KEEPER if caller.admin and caller.session is None else session_of(caller)
+        await self._close(self._regions.remove(owner, regions))
 
     def pool_fd(self, pool: str) -> tuple[PoolInfo, int]:
         """Return a pool and its memfd, which stays the pool's."""
+        if self._storage.has(pool):
+            raise Unsupported(f"pool {pool!r} cannot be mapped", remedy="read and write by streaming calls")
         found = self._pool(pool)
         info = found.info()
-        if not info.mappable:
-            raise Unsupported(f"pool {info.name!r} cannot be mapped", remedy="read and write by streaming calls")
         return info, found.fd
 
     # ------------------------------------------------------------------------------------ streaming
@@ -216,14 +231,22 @@ class MemoryDesk:
         return Extent(found.spaces[0], np.stack((found.position, found.nbytes), axis=1))
 
     async def _move(self, source: Extent, target: Extent, nbytes: int, caller: Caller) -> None:
-        routes, weighed = self._planner.routes(source.space, target.space, nbytes, 2)
-        direct = next((route for route in routes if not route.is_staged), None)
+        choice = self._planner.routes(source.space, target.space, nbytes, 2)
+        direct = next((route for route in choice.routes if not route.is_staged), None)
         if direct is None:
-            raise NoRoute(f"nothing moves {source.space} to {target.space}", remedy="; ".join(weighed))
+            raise NoRoute(f"nothing moves {source.space} to {target.space}", remedy="; ".join(choice.lines()))
         chunk = Chunk(source, target, nbytes, f"stream of {caller.agent}", "stream", caller.agent)
-        moved = await self._backends[direct.backends[0]].move(chunk)
-        if moved != nbytes:
-            raise ShortTransfer(f"{direct.name} moved {moved} of {nbytes} bytes", remedy="see the node's log")
+        sealer = self._storage.sealer
+        ticket = await sealer.begin([target])
+        try:
+            moved = await self._backends[direct.backends[0]].move(chunk)
+            if moved != nbytes:
+                raise ShortTransfer(f"{direct.name} moved {moved} of {nbytes} bytes", remedy="see the node's log")
+        except BaseException:
+            sealer.abandon(ticket)
+            raise
+        await sealer.seal(ticket)
+        await sealer.verify([source], is_asked=False)
 
     # ------------------------------------------------------------------------------------ internals
 
@@ -250,11 +273,15 @@ class MemoryDesk:
                 remedy="name one of them, or configure it under [[pools]]",
             ) from None
 
-    @staticmethod
-    async def _close(backings: Sequence[Backing]) -> None:
+    async def _close(self, backings: Sequence[Backing]) -> None:
         """Close in a thread: wiping hundreds of MiB takes tens of milliseconds. Not to be left half done."""
-        if backings:
-            await asyncio.shield(asyncio.to_thread(close_backings, backings))
+        stored = [backing for backing in backings if isinstance(backing, StorageBacking)]
+        others = [backing for backing in backings if not isinstance(backing, StorageBacking)]
+        try:
+            if others:
+                await asyncio.shield(asyncio.to_thread(close_backings, others))
+        finally:
+            await self._storage.free(stored)
 
 
 class _Holding:

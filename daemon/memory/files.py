@@ -124,6 +124,37 @@ class FileRoots:
             os.close(root_fd)
         return OpenedFile(fd, nbytes, str(Path(f"/proc/self/fd/{fd}").readlink()))
 
+    def look(self, path: str) -> os.stat_result | None:
+        """Return the status of a regular file below a root, None where there is none. Blocks.
+
+        Raises:
+            PermissionDenied: as ``open_path`` does.
+            InvalidArgument: it is not a regular file.
+        """
+        root, parts = self._place(path)
+        try:
+            root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise NotFound(
+                f"the files root {root} cannot be opened: {exc.strerror}", remedy="create it, or change files.roots"
+            ) from exc
+        try:
+            # O_PATH asks for no right to the file itself, as stat does not; of a symlink it opens the link.
+            fd = self._open_below(root_fd, parts, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise self._translated(exc, path) from exc
+        finally:
+            os.close(root_fd)
+        status = os.fstat(fd)
+        os.close(fd)
+        if stat.S_ISLNK(status.st_mode):
+            raise self._outside(path, "a symlink is on the way")
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_regular(path)
+        return status
+
     def _place(self, path: str) -> tuple[Path, tuple[str, ...]]:
         """Return the root of a path, and the components below it; purely by names."""
         if not self._roots:

@@ -6,22 +6,20 @@ never point at memory that is gone. Raw addresses have no such protection: whoev
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from xferd.api.errors import Closed
+from xferd.api.mapping import map_shared
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 
 class Mapping:
     """``nbytes`` bytes of a file descriptor, or anonymous ones for fd -1, mapped shared.
 
-    The fd stays the caller's: the mapping keeps a duplicate for itself.
+    The fd stays the caller's, and is not needed any more. From 2 MiB on, the address is one that huge pages can back.
 
     Attributes:
         address: of the first byte in this process; does not change.
@@ -33,9 +31,7 @@ class Mapping:
     """
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool = True) -> None:
-        prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map: mmap.mmap | None = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=prot)
-        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
+        self._bytes: NDArray[np.uint8] | None = map_shared(fd, nbytes, writable=writable)
         self.address = int(self._bytes.ctypes.data)
         self.nbytes = nbytes
         self.writable = writable
@@ -52,7 +48,4 @@ class Mapping:
 
     def close(self) -> None:
         """Unmap, now or when the last view goes. Twice is fine."""
-        mapped, self._map, self._bytes = self._map, None, None
-        if mapped is not None:
-            with contextlib.suppress(BufferError):  # views exist: they keep it, and the last one unmaps
-                mapped.close()
+        self._bytes = None

@@ -18,11 +18,13 @@ import errno
 import fcntl
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from xferd.api.errors import Closed, ConfigError, InvalidArgument, PoolExhausted
+from xferd.api.mapping import HUGE_PAGE_NBYTES
 from xferd.api.types import MemoryKind, PoolInfo
 from xferd.daemon.memory.allocator import ExtentAllocator
+from xferd.daemon.memory.collapse import PageCollapser
 from xferd.daemon.memory.mapping import Mapping
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PAGE_NBYTES = 4096
-HUGE_PAGE_NBYTES = 2 << 20
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """The size is fixed for good, and no client can seal the pool against being written."""
@@ -51,11 +52,23 @@ class HostPool:
         fd: the memfd; the pool owns it, clients get duplicates.
         address: of the pool's first byte in this process.
 
+    Args:
+        huge_pages: take pages of 2 MiB that were set aside.
+        collapse: without such pages, whose pages become huge ones in the background: those of extents that are
+            allocated and span whole ones, all of the pool's (which then takes its memory at once), or none.
+
     Raises:
         ConfigError: the memory cannot be had: no huge pages, no room in the address space.
     """
 
-    def __init__(self, name: str, nbytes: int, *, huge_pages: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        nbytes: int,
+        *,
+        huge_pages: bool = False,
+        collapse: Literal["allocated", "all", "off"] = "off",
+    ) -> None:
         page = HUGE_PAGE_NBYTES if huge_pages else PAGE_NBYTES
         if nbytes < 1:
             raise ConfigError(f"pool {name} has {nbytes} bytes", limit="at least 1 page", remedy="raise its nbytes")
@@ -64,6 +77,11 @@ class HostPool:
         self.fd, self._mapping = _create(name, self.nbytes, huge_pages=huge_pages)
         self.address = self._mapping.address
         self._allocator = ExtentAllocator(self.nbytes, PAGE_NBYTES)
+        self._huge_pages = huge_pages
+        self._collapses_allocated = collapse == "allocated" and not huge_pages
+        self._collapser = PageCollapser(name, self.address, self.nbytes)
+        if collapse == "all" and not huge_pages:
+            self._collapser.add(0, self.nbytes)
         self._returning: set[int] = set()
         self._lock = threading.Lock()
 
@@ -78,11 +96,15 @@ class HostPool:
         with self._lock:
             self._check_open()
             try:
-                return self._allocator.allocate_group(sizes)
+                offsets = self._allocator.allocate_group(sizes)
             except PoolExhausted as full:
                 raise PoolExhausted(
                     f"pool {self.name!r}: {full.message}", limit=full.limit, remedy=full.remedy
                 ) from full
+            if self._collapses_allocated and sum(sizes) >= HUGE_PAGE_NBYTES:
+                for offset, nbytes in self._allocator.runs(sorted(offsets)):
+                    self._collapser.add(offset, nbytes)
+            return offsets
 
     def free(self, offset: int) -> None:
         """Wipe an extent and give it back; no byte of it may be moving. See ``free_group``."""
@@ -134,6 +156,8 @@ class HostPool:
             peak_used_nbytes=now.peak_used_nbytes,
             failed_allocations=now.failed_allocations,
             mappable=True,
+            huge_nbytes=self.nbytes if self._huge_pages else self._collapser.huge_nbytes,
+            huge_refusal=self._collapser.refusal,
         )
 
     async def aclose(self) -> None:
@@ -146,7 +170,10 @@ class HostPool:
                 return
             os.close(self.fd)
             self.fd = -1
-        self._mapping.close()
+        try:
+            await self._collapser.aclose()
+        finally:
+            self._mapping.close()
 
     def check_invariants(self) -> None:
         """Raise AssertionError where the allocator's books are wrong."""

@@ -19,12 +19,12 @@ import secrets
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from xferd.api.errors import Busy, Closed, InvalidArgument, Overloaded, PermissionDenied, Stale
+from xferd.api.errors import Busy, Closed, InvalidArgument, Overloaded, PermissionDenied, Stale, Unsupported
 from xferd.api.types import Access, HoldInfo, RegionId, RegionInfo
 from xferd.daemon.memory.resolving import Resolved, resolve_in, slots_of
 from xferd.daemon.memory.slots import SlotTable, slot_of
@@ -120,6 +120,9 @@ class RegionTable:
         self._owner_numbers: list[int] = []  # free ones
         self._holds: dict[str, list[_Hold]] = {}
         self._gone: deque[SessionId] = deque(maxlen=_REMEMBERED)
+        self._waiting = 0  # calls of wait_idle
+        self.revision = 0
+        """Grows when a region goes or its rights change: what was checked at the same revision is still good."""
 
     def __len__(self) -> int:
         return len(self._records)
@@ -171,11 +174,8 @@ class RegionTable:
                     limit=f"{self._slots.max_slots} regions",
                     remedy="free regions, or raise limits.max_regions",
                 )
-            owned = self._owned.get(owner)
-            if owner in self._gone or (owned is not None and owned.retired):
-                raise Closed(f"session {owner} has ended or is ending", remedy="open a new session")
-            if owned is None:
-                owned = self._own(owner)
+            self._check_open(owner)
+            owned = self._owned.get(owner) or self._own(owner)
             ids = self._slots.add_group(
                 [(backing.position, nbytes, backing.space) for backing, nbytes in backings],
                 owned.number,
@@ -201,14 +201,56 @@ class RegionTable:
         wanted = list(dict.fromkeys(ids))
         with self._lock:
             for region in wanted:
-                record = self._record(region)
-                if record.owner != session:
-                    raise PermissionDenied(
-                        f"region {region} belongs to another session, of agent {record.info.agent}",
-                        remedy="a region is freed by its owner, or when the owner's session ends",
-                    )
+                self._check_owned(region, session)
                 self._check_idle(region)
             return [self._take_out(slot_of(region)) for region in wanted]
+
+    def hand_over(
+        self,
+        ids: Sequence[RegionId],
+        giver: SessionId | None,
+        taker: SessionId,
+        agent: str,
+        *,
+        access: Access | None = None,
+        announce: Callable[[tuple[RegionInfo, ...]], None] = lambda _infos: None,
+    ) -> tuple[RegionInfo, ...]:
+        """Make regions another session's, all or none; ids, bytes and backings stay. Returns their new records.
+
+        Args:
+            ids: of the regions; a repeated one counts once.
+            giver: whose they must be; None takes them from whoever has them.
+            taker: the session that gets them.
+            agent: of the taker.
+            access: what others may do from now on; None leaves it as it is.
+            announce: called with the new records once all is checked and before anything changes. What it raises is
+                raised here, and nothing has changed. It runs under the table's lock, so it must not use the table.
+
+        Raises:
+            NotFound, Stale, PermissionDenied, Busy: as ``remove``; ``Stale`` too where the owner's session ends.
+            Unsupported: memory that ends with its client.
+            Closed: the taker has ended or is ending.
+        """
+        since = self._clock()
+        with self._lock:
+            slots = [slot_of(region) for region in dict.fromkeys(ids)]
+            for region in ids:
+                self._check_givable(region, giver)
+            self._check_open(taker)
+            before = [self._records[slot] for slot in slots]
+            kept = [record.info.access if access is None else access for record in before]
+            infos = tuple(replace(r.info, agent=agent, access=new) for r, new in zip(before, kept, strict=True))
+            given = [_Record(info, r.backing, taker, since) for info, r in zip(infos, before, strict=True)]
+            announce(infos)
+            self._change_owner(slots, given, taker, access)
+            return infos
+
+    def move(self, ids: Sequence[RegionId], owner: SessionId) -> None:
+        """Make regions another owner's for the same agent, held or not; records and holds stay. Gone ones are fine."""
+        with self._lock:
+            slots = [slot_of(region) for region in ids if self._slots.is_alive(region)]
+            moved = [replace(self._records[slot], owner=owner) for slot in slots]
+            self._change_owner(slots, moved, owner, None)
 
     def retire(self, session: SessionId) -> None:
         """Begin a session's end: its regions take no new holds and are no longer listed to others. Twice is fine."""
@@ -216,6 +258,7 @@ class RegionTable:
             owned = self._owned.get(session) or self._own(session)
             owned.retired = True
             self._slots.closing[owned.as_array()] = True
+            self.revision += 1
 
     def remove_retired(self, session: SessionId) -> list[Backing]:
         """Take out all regions of a retired session and return their backings for the caller to close.
@@ -282,6 +325,8 @@ class RegionTable:
             Stale: a row names a region of another generation.
             OutOfBounds: a span passes the end of its region.
         """
+        if len(descriptors) == 1 and (one := self._resolve_one(descriptors)) is not None:
+            return one
         slots = slots_of(descriptors.region)
         first, last = int(slots.min()), int(slots.max())
         with self._lock:
@@ -292,6 +337,16 @@ class RegionTable:
         with self._lock:
             absence = self._slots.absence(int(descriptors.region[found]))
         raise type(absence)(f"descriptor {found}: {absence.message}", remedy=absence.remedy)
+
+    def _resolve_one(self, descriptors: DescriptorList) -> Resolved | None:
+        """Resolve a list of one row without numpy's price for each step, or leave it to the way that knows why not."""
+        region, offset, nbytes = int(descriptors.region[0]), int(descriptors.offset[0]), int(descriptors.nbytes[0])
+        with self._lock:
+            span = self._slots.span_of(region)
+        if span is None or offset + nbytes > span[1]:
+            return None
+        position = np.array([span[0] + offset], dtype=np.uint64)
+        return Resolved(position, descriptors.nbytes, None, (span[2],), (RegionId(region),))
 
     # --------------------------------------------------------------------------------------------- holds
 
@@ -309,20 +364,35 @@ class RegionTable:
             return
         slots = slots_of(ids)
         hold = _Hold(ids, slots, reason, self._clock())
+        needed = Access.WRITE if write else Access.READ
         with self._lock:
-            self._check_alive(ids, slots)
-            self._check_rights(slots, actor, Access.WRITE if write else Access.READ)
+            if not (len(ids) == 1 and self._is_granted(int(ids[0]), actor, needed)):
+                self._check_alive(ids, slots)
+                self._check_rights(slots, actor, needed)
             self._slots.held[slots] += 1
             self._holds.setdefault(holder, []).append(hold)
+
+    def check(self, regions: Sequence[RegionId], actor: Actor, *, write: bool) -> None:
+        """Check what ``hold`` checks, and hold nothing: good for bytes that move before the event loop goes on.
+
+        Raises as ``hold`` does.
+        """
+        ids = self._ids_of(regions)
+        if len(ids):
+            slots = slots_of(ids)
+            with self._lock:
+                self._check_alive(ids, slots)
+                self._check_rights(slots, actor, Access.WRITE if write else Access.READ)
 
     def release(self, holder: str) -> None:
         """Let go of all that a holder holds, and wake who waits for idle regions. An unknown holder is fine."""
         with self._lock:
             for hold in self._holds.pop(holder, ()):
                 self._slots.held[hold.slots] -= 1
-            for owned in self._owned.values():
-                if owned.waiters and self._is_idle(owned):
-                    self._wake(owned)
+            if self._waiting:
+                for owned in self._owned.values():
+                    if owned.waiters and self._is_idle(owned):
+                        self._wake(owned)
 
     async def wait_idle(self, session: SessionId) -> None:
         """Return when no region of a session is held; at once for an unknown session. Cancel-safe.
@@ -336,10 +406,12 @@ class RegionTable:
                 return
             waiter = (loop, loop.create_future())
             owned.waiters.append(waiter)
+            self._waiting += 1
         try:
             await waiter[1]
         finally:
             with self._lock, contextlib.suppress(ValueError):
+                self._waiting -= 1
                 owned.waiters.remove(waiter)
 
     def holders(self, region_id: RegionId) -> tuple[str, ...]:
@@ -406,6 +478,7 @@ class RegionTable:
             pool=backing.pool_name,
             pool_offset=backing.pool_offset,
             path=backing.path,
+            persistent=backing.is_persistent,
         )
 
     def _own(self, session: SessionId) -> _Owned:
@@ -418,8 +491,51 @@ class RegionTable:
             raise self._slots.absence(region)
         return self._records[slot_of(region)]
 
+    def _check_open(self, session: SessionId) -> None:
+        owned = self._owned.get(session)
+        if session in self._gone or (owned is not None and owned.retired):
+            raise Closed(f"session {session} has ended or is ending", remedy="open a new session")
+
+    def _check_owned(self, region: RegionId, session: SessionId) -> None:
+        record = self._record(region)
+        if record.owner != session:
+            raise PermissionDenied(
+                f"region {region} belongs to another session, of agent {record.info.agent}",
+                remedy="a region is freed or given away by its owner only, and ends with the owner's session",
+            )
+
+    def _check_givable(self, region: RegionId, giver: SessionId | None) -> None:
+        if giver is not None:
+            self._check_owned(region, giver)
+        record = self._record(region)
+        if not record.backing.outlives_client:
+            raise Unsupported(
+                f"region {region} is {record.info.source.value} memory of agent {record.info.agent} and ends with it",
+                limit="regions of pools, memfds and files",
+                remedy="write the bytes into a region of a pool and hand that over",
+            )
+        if self._owned[record.owner].retired:
+            raise Stale(f"region {region} is going: its session ends", remedy="hand over before the session ends")
+        self._check_idle(region)
+
+    def _change_owner(
+        self, slots: Sequence[int], records: Sequence[_Record], taker: SessionId, access: Access | None
+    ) -> None:
+        self.revision += 1
+        givers = {self._records[slot].owner for slot in slots}
+        for slot, record in zip(slots, records, strict=True):
+            self._owned[self._records[slot].owner].slots.discard(slot)
+            self._records[slot] = record
+        gains = self._owned.get(taker) or self._own(taker)
+        gains.slots.update(slots)
+        self._slots.change_owner(slots, gains.number, access)
+        for giver in givers:
+            if not self._owned[giver].slots:
+                self._forget(giver)
+
     def _take_out(self, slot: int) -> Backing:
         record = self._records.pop(slot)
+        self.revision += 1
         self._slots.remove(slot)
         owned = self._owned[record.owner]
         owned.slots.discard(slot)
@@ -434,10 +550,17 @@ class RegionTable:
 
     def _ids_of(self, regions: Sequence[RegionId]) -> Column:
         try:
-            return np.unique(np.array(regions, dtype=np.uint64))
+            ids = np.array(regions, dtype=np.uint64)
+            return ids if len(ids) == 1 else np.unique(ids)
         except OverflowError:
             bad = next(region for region in regions if not 0 <= region < 1 << 64)
             raise self._slots.absence(bad) from None
+
+    def _is_granted(self, region: int, actor: Actor, needed: Access) -> bool:
+        """Whether one region is there and its access lets an actor use it; an owner's right is not looked at."""
+        slot = slot_of(region)
+        is_there = self._slots.is_alive(region) and not self._slots.closing[slot]
+        return bool(is_there and isinstance(actor, PeerActor) and self._slots.other_rights[slot] & needed.value)
 
     def _check_alive(self, ids: Column, slots: NDArray[np.intp]) -> None:
         known = slots < self._slots.used

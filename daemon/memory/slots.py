@@ -99,6 +99,12 @@ class SlotTable:
         self.owner[slot] = -1
         self._free.append(slot)
 
+    def change_owner(self, slots: Sequence[int], owner: int, access: Access | None) -> None:
+        """Give slots to another owner; ``access`` None leaves what others may do."""
+        self.owner[slots] = owner
+        if access is not None:
+            self.other_rights[slots] = self.own_rights[slots] & access.value
+
     def is_alive(self, region: int) -> bool:
         """Whether the id names a region of now."""
         slot = slot_of(region)
@@ -112,6 +118,15 @@ class SlotTable:
             f"region {region} was removed, or is of an earlier start of this node",
             remedy="list the regions again and use their new ids",
         )
+
+    def span_of(self, region: int) -> tuple[int, int, Space] | None:
+        """Return base, nbytes and space of one region, or None where the id names nothing."""
+        if not self.is_alive(region):
+            return None
+        slot = slot_of(region)
+        (space,) = self._spaces.part(number := int(self.space[slot]), number + 1)
+        assert space is not None
+        return int(self.base[slot]), int(self.nbytes[slot]), space
 
     def window(self, first: int, last: int) -> Window:
         """Copy slots ``first`` to ``last``, those that were ever used; costs a memcpy of 28 bytes a slot."""

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xferd.api.descriptors import coalesce
+from xferd.api.errors import Unsupported
 from xferd.api.types import TransferOp
-from xferd.plugins.base import Extent, FileSpace, MappedSpace, ProcessSpace, RemoteSpace
+from xferd.plugins.base import Extent, FileSpace, MappedSpace, ObjectSpace, ProcessSpace, RemoteSpace
 from xferd.plugins.vectored import copy_process, read_file, write_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+    from xferd.daemon.engine.sealing import WriteTicket
     from xferd.daemon.memory.resolving import Resolved
     from xferd.daemon.memory.staging import StagingPool, StagingSlot
-    from xferd.plugins.base import IovTable
+    from xferd.daemon.storage.lanes import LaneSealer
+    from xferd.plugins.base import IovTable, Space
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +69,7 @@ class PeerGrant:
         staging_timeout_s: how long to wait for a slot; ``windows`` raises ``Overloaded`` when none comes free.
         holder: the name under which regions and slot are held.
         on_close: lets go of the regions; called once.
+        sealer: keeps the proof of what lies in storage pools; None where there are none.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class PeerGrant:
         staging_timeout_s: float,
         holder: str,
         on_close: Callable[[], None],
+        sealer: LaneSealer | None = None,
     ) -> None:
         self.nbytes = nbytes
         self._runs = runs_of(resolved)
@@ -86,16 +91,29 @@ class PeerGrant:
         self._staging_timeout_s = staging_timeout_s
         self._holder = holder
         self._on_close = on_close
+        self._sealer = sealer
+        self._ticket: WriteTicket | None = None
         self._slot: StagingSlot | None = None
         self._closed = False
 
     def windows(self) -> Iterator[IovTable]:
-        """Yield tables of this process's memory, in list order; see ``Grant.windows``."""
+        """Yield tables of this process's memory, in list order; see ``Grant.windows``.
+
+        What lies in storage pools is proven: a write's bytes before the last ``next`` returns, so that the peer hears
+        of it only then; those of a read before the first one, where the pool verifies every read.
+        """
+        if self._sealer is not None and self._op is TransferOp.WRITE:
+            self._ticket = self._sealer.begin(self._runs)
+        elif self._sealer is not None:
+            self._sealer.verify(self._runs)
         for run in self._runs:
             if isinstance(run.space, MappedSpace):
                 yield run.iov
             else:
                 yield from self._staged(run)
+        ticket, self._ticket = self._ticket, None
+        if self._sealer is not None and ticket is not None:
+            self._sealer.seal(ticket)
 
     def close(self) -> None:
         """Give back the slot and let go of the regions. Twice is fine."""
@@ -103,6 +121,8 @@ class PeerGrant:
             return
         self._closed = True
         try:
+            if self._sealer is not None and self._ticket is not None:
+                self._sealer.abandon(self._ticket)
             if self._slot is not None:
                 self._staging.give_back(self._slot)
         finally:
@@ -125,8 +145,25 @@ class PeerGrant:
                 stager.flush(staging, part)
 
 
+def check_served(spaces: Iterable[Space]) -> None:
+    """Check that peers can be given leave to these spaces.
+
+    Raises:
+        Unsupported: an object, whose bytes would pass through this node for nothing.
+    """
+    if any(isinstance(space, ObjectSpace) for space in spaces):  # not named: rights have not been looked at
+        raise Unsupported(
+            "a region that is an object of a store is not served to other nodes",
+            limit="memory and files",
+            remedy="register the object at the node that needs it: every node reaches the store by itself",
+        )
+
+
 def runs_of(resolved: Resolved) -> list[Extent]:
     """Cut resolved spans into successive runs of one space each, with neighbours merged."""
+    if resolved.space is None and len(resolved.position) == 1:
+        row = np.array([[resolved.position[0], resolved.nbytes[0]]], dtype=np.uint64)
+        return [Extent(resolved.spaces[0], row)]
     if resolved.space is None:
         return [_extent(resolved, 0, slice(None))]
     edges = (np.flatnonzero(resolved.space[1:] != resolved.space[:-1]) + 1).tolist()
@@ -137,6 +174,7 @@ def runs_of(resolved: Resolved) -> list[Extent]:
 def _extent(resolved: Resolved, number: int, rows: slice) -> Extent:
     space = resolved.spaces[number]
     assert not isinstance(space, RemoteSpace), "a region of this node lies on this node"
+    assert not isinstance(space, ObjectSpace), "objects are not served"
     position, nbytes = resolved.position[rows], resolved.nbytes[rows]
     # One space, so one key for all rows: positions are comparable across its regions.
     _, position, nbytes = coalesce(np.zeros(len(position), dtype=np.uint64), position, nbytes)

@@ -25,6 +25,7 @@ from xferd.api.errors import (
     XferdError,
 )
 from xferd.api.proto.session_v1_pb2 import SessionSocketReply, SessionSocketRequest
+from xferd.api.ring import RingSizes
 from xferd.api.types import Caller, Transport
 from xferd.daemon.sessions.packets import MAX_PACKET_NBYTES
 
@@ -55,6 +56,15 @@ class SessionEngine(Sessions, Protocol):
         Raises:
             NotFound: no such pool.
             Unsupported: the pool cannot be mapped.
+        """
+
+    def open_ring(self, caller: Caller, version: int, sizes: RingSizes) -> tuple[int, tuple[int, int, int]]:
+        """Open the session's ring; return its nbytes and the client's fds, which are the caller's to close.
+
+        Raises:
+            InvalidState: the session has one.
+            Unsupported: rings are turned off, or do not work on this machine.
+            InvalidArgument, LimitExceeded: as to the sizes.
         """
 
 
@@ -206,13 +216,13 @@ class Connection:
 
     async def _answer_one(self, caller: Caller, request: SessionSocketRequest, packet: Packet) -> None:
         reply = SessionSocketReply(request_id=request.request_id)
-        fd = -1
+        fds: tuple[int, ...] = ()
         try:
             match request.WhichOneof("request"):
                 case "map_pool":
                     packet.check_fds(0)
                     info, borrowed = self._engine.pool_fd(caller, request.map_pool.pool)
-                    fd = _duplicate(borrowed)  # sending may wait, and the pool may go meanwhile
+                    fds = (_duplicate(borrowed),)  # sending may wait, and the pool may go meanwhile
                     reply.pool.CopyFrom(wire.pool_to_message(info))
                 case "register_memfd":
                     region = await self._register_memfd(caller, request, packet)
@@ -220,6 +230,11 @@ class Connection:
                 case "register_fd":
                     region = await self._register_fd(caller, request, packet)
                     reply.region.CopyFrom(wire.region_to_message(region))
+                case "open_ring":
+                    packet.check_fds(0)
+                    wanted = request.open_ring
+                    sizes = RingSizes(wanted.sq_entries, wanted.cq_entries, wanted.detail_nbytes, wanted.arena_nbytes)
+                    reply.ring.nbytes, fds = self._engine.open_ring(caller, wanted.version, sizes)
                 case "hello":
                     raise InvalidState("this connection has its session", remedy="connect again for another one")
                 case _:
@@ -231,9 +246,9 @@ class Connection:
         except XferdError as exc:
             reply.error.CopyFrom(wire.error_to_detail(exc))
         try:
-            await self._packets.send(reply.SerializeToString(), fd)
+            await self._packets.send(reply.SerializeToString(), fds)
         finally:
-            if fd >= 0:
+            for fd in fds:
                 os.close(fd)
 
     async def _register_memfd(self, caller: Caller, request: SessionSocketRequest, packet: Packet) -> RegionInfo:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from xferd.daemon.engine.notifications import Inboxes
     from xferd.daemon.memory.desk import MemoryDesk
     from xferd.daemon.memory.regions import RegionTable
+    from xferd.daemon.rings.desk import RingDesk
     from xferd.daemon.sessions.table import SessionTable
+    from xferd.daemon.storage.desk import StorageDesk
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +47,8 @@ class SessionDesk:
         epoch: int,
         table: SessionTable,
         transfers: TransferDesk,
+        rings: RingDesk,
+        storage: StorageDesk,
         lists: ListBook,
         inboxes: Inboxes,
         memory: MemoryDesk,
@@ -64,6 +68,8 @@ class SessionDesk:
         self._epoch = epoch
         self._table = table
         self._transfers = transfers
+        self._rings = rings
+        self._storage = storage
         self._lists = lists
         self._inboxes = inboxes
         self._memory = memory
@@ -135,6 +141,7 @@ class SessionDesk:
         except BaseException:
             self._table.finish_close(session.id)
             raise
+        self._storage.adopt(session.id, session.agent)
         self._inboxes.open(session.agent)
         self._ended[session.id] = asyncio.get_running_loop().create_future()
         self._arm_expiry()
@@ -210,8 +217,10 @@ class SessionDesk:
         agent = self._table.get(session).agent
         log.info("session_ending", session=session, agent=agent, reason=reason)
         try:
+            self._storage.keep(session)
             self._regions.retire(session)
             await self._transfers.end_session(session)
+            self._rings.close_session(session)
             self._lists.release_session(session)
             self._inboxes.close(agent)
             await self._release_regions(session)

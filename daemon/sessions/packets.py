@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 from xferd.api.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 MAX_PACKET_NBYTES = 65536
 """One message; the largest ones are grants, at about 100 bytes a pool."""
@@ -89,22 +89,22 @@ class PacketSocket:
             with packet:
                 return None
 
-    async def send(self, data: bytes, fd: int = -1) -> None:
-        """Send one packet, waiting for room; ``fd`` stays the caller's. Cancel-safe: all is sent or nothing.
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one packet, waiting for room; ``fds`` stay the caller's. Cancel-safe: all is sent or nothing.
 
         Raises:
             ConnectionError: the other side is gone.
         """
-        while not self.send_nowait(data, fd):
+        while not self.send_nowait(data, fds):
             await self._wait(self._loop.add_writer, self._loop.remove_writer)
 
-    def send_nowait(self, data: bytes, fd: int = -1) -> bool:
+    def send_nowait(self, data: bytes, fds: Sequence[int] = ()) -> bool:
         """Send one packet if there is room for it; False when there is none. Raises as ``send`` does."""
         try:
-            if fd < 0:
-                self._socket.send(data)
+            if fds:
+                socket.send_fds(self._socket, [data], list(fds))
             else:
-                socket.send_fds(self._socket, [data], [fd])
+                self._socket.send(data)
         except BlockingIOError:
             return False
         return True

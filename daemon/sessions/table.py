@@ -152,6 +152,11 @@ class SessionTable:
         found = self._sessions[session] if session is not None else None
         return found if found is not None and found.state is SessionState.OPEN else None
 
+    def session_of_agent(self, agent: str) -> SessionId | None:
+        """Return the id of the agent's open session, if it has one."""
+        session = self.find_agent(agent)
+        return None if session is None else session.id
+
     def by_token(self, token: str) -> Session:
         """Return the open session that has this token.
 

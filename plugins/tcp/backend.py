@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import structlog
 
-from xferd.api.errors import LimitExceeded, PeerLost, Stale, XferdError
+from xferd.api.errors import PeerLost, Stale, XferdError
 from xferd.api.proto import peer_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2 as xferd_pb
-from xferd.plugins.base import Backend, BackendStatistics, Extent, RemoteSpace, SpaceKind
-from xferd.plugins.tcp.client import Exchange
+from xferd.plugins.base import Backend, BackendStatistics, RemoteSpace, SlotClass, SpaceKind
+from xferd.plugins.tcp.exchange import Exchange
 from xferd.plugins.tcp.options import TcpOptions
 from xferd.plugins.tcp.transport import TcpTransport
 
@@ -23,13 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from xferd.plugins.base import Chunk, Space
-    from xferd.plugins.tcp.client import ClientLane, LanePool
+    from xferd.plugins.tcp.lanes import Lane, Ticket
     from xferd.plugins.tcp.peers import Peer
 
 # Assumed until measured: a round trip through two threads and a loop, one stream of the network, one iovec row.
 ROUND_TRIP_S = 300e-6
 BYTES_PER_S = 2e9
 PIECE_S = 0.2e-6
+SMALL_PIECES = 256
+"""Most rows, of both sides together, of a small chunk: more of them take longer to look through than to send."""
 
 log = structlog.get_logger("xferd.tcp")
 
@@ -65,13 +66,22 @@ class TcpBackend(TcpTransport, Backend):
         return ROUND_TRIP_S + nbytes / BYTES_PER_S + pieces * PIECE_S
 
     def slots(self, source: Space, target: Space) -> int:
-        """Return the number of data lanes to one peer."""
+        """Return the number of bulk lanes to one peer."""
         return self._options.lanes
+
+    def slot_class(self, source: Space, target: Space, nbytes: int, pieces: int) -> SlotClass:
+        """Return "small" for what goes over the small lanes: it never waits for a slot behind bulk chunks."""
+        if self._is_small(nbytes, pieces):
+            return SlotClass("small", self._options.small_lanes)
+        return SlotClass("", self._options.lanes)
+
+    def _is_small(self, nbytes: int, pieces: int) -> bool:
+        return bool(self._options.small_lanes) and nbytes <= self._options.small and pieces <= SMALL_PIECES
 
     def statistics(self) -> BackendStatistics:
         """Return counters of the chunks that this node moved; serving peers does not count."""
         counts = self._counts
-        lanes = sum(len(peer.pool.lanes) for peer in self._peers() if peer.pool is not None)
+        lanes = sum(len(pool.lanes) for peer in self._peers() for pool in peer.pools)
         return BackendStatistics(counts.moved_nbytes, counts.chunks, counts.failures, counts.busy, lanes)
 
     async def move(self, chunk: Chunk) -> int:
@@ -83,8 +93,11 @@ class TcpBackend(TcpTransport, Backend):
         is_write = isinstance(chunk.target.space, RemoteSpace)
         remote, local = (chunk.target, chunk.source) if is_write else (chunk.source, chunk.target)
         assert isinstance(remote.space, RemoteSpace)
-        peer, pool = self._peer_of(remote.space)
-        exchange = Exchange(_request_for(chunk, remote, peer.identity.epoch, is_write=is_write), local.iov, is_write)
+        peer = self._peer_of(remote.space)
+        is_small = self._is_small(chunk.nbytes, len(remote.iov) + len(local.iov))
+        pool = peer.small if is_small else peer.pool
+        assert pool is not None
+        exchange = Exchange.of(chunk, remote, local, peer.identity.epoch, is_write=is_write)
         self._counts.busy += 1
         try:
             lane = await pool.acquire()
@@ -101,7 +114,7 @@ class TcpBackend(TcpTransport, Backend):
         self._counts.moved_nbytes += moved
         return moved
 
-    def _peer_of(self, space: RemoteSpace) -> tuple[Peer, LanePool]:
+    def _peer_of(self, space: RemoteSpace) -> Peer:
         peer = self._connected(space.node)
         if space.epoch and space.epoch != peer.identity.epoch:
             raise Stale(
@@ -112,15 +125,17 @@ class TcpBackend(TcpTransport, Backend):
             raise PeerLost(
                 f"node {space.node!r} has called us, and we have not called it", remedy="connect to it first"
             )
-        return peer, peer.pool
+        return peer
 
-    async def _exchange(self, peer: Peer, lane: ClientLane, exchange: Exchange) -> int:
-        _check_limits(lane, exchange)
-        result = lane.submit(exchange)
+    async def _exchange(self, peer: Peer, lane: Lane, exchange: Exchange) -> int:
+        exchange.check(lane.limits, peer.identity.node)
+        ticket = lane.submit(exchange)
         try:
-            return await asyncio.shield(result)
+            return await ticket.result
         except asyncio.CancelledError:
-            await self._see_through(self._bring_to_rest(peer, lane, result, exchange))
+            if not ticket.result.cancelled():
+                ticket.result.exception()  # it ended as we were cancelled, and nobody else asks how
+            await self._see_through(self._bring_to_rest(peer, lane, ticket, exchange))
             raise
         except XferdError:
             # The lane broke, and the peer may still be writing what it had received.
@@ -129,14 +144,11 @@ class TcpBackend(TcpTransport, Backend):
                 raise asyncio.CancelledError from None
             raise
 
-    async def _bring_to_rest(
-        self, peer: Peer, lane: ClientLane, result: asyncio.Future[int], exchange: Exchange
-    ) -> None:
-        await asyncio.wait([result], timeout=self._options.abort_grace)
-        if not result.done():
+    async def _bring_to_rest(self, peer: Peer, lane: Lane, ticket: Ticket, exchange: Exchange) -> None:
+        await asyncio.wait([ticket.rest], timeout=self._options.abort_grace)
+        if not ticket.rest.done():
             lane.abort("the chunk was cancelled")
-            await asyncio.wait([result])  # its calls end at once: the socket is shut down
-        result.exception()  # the chunk was cancelled, so that nobody else asks how it ended
+            await asyncio.wait([ticket.rest])  # its calls end at once: the socket is shut down
         if not lane.is_good:
             await self._quiesce_peer(peer, exchange)
 
@@ -181,35 +193,3 @@ class _Counts:
     chunks: int = 0
     failures: int = 0
     busy: int = 0
-
-
-def _request_for(chunk: Chunk, remote: Extent, epoch: int, *, is_write: bool) -> pb.DataRequest:
-    assert remote.region is not None
-    return pb.DataRequest(
-        transfer_id=chunk.transfer_id,
-        cause_id=chunk.cause_id,
-        op=xferd_pb.TRANSFER_OP_WRITE if is_write else xferd_pb.TRANSFER_OP_READ,
-        epoch=epoch,
-        region=remote.region.astype("<u8", copy=False).tobytes(),
-        offset=remote.iov[:, 0].astype("<u8", copy=False).tobytes(),
-        nbytes=remote.iov[:, 1].astype("<u8", copy=False).tobytes(),
-        total_nbytes=chunk.nbytes,
-        agent=chunk.agent,
-    )
-
-
-def _check_limits(lane: ClientLane, exchange: Exchange) -> None:
-    """Refuse here what the peer would refuse by ending the lane."""
-    rows, total = len(exchange.request.offset) // 8, exchange.request.total_nbytes
-    if rows > lane.limits.max_descriptors:
-        raise LimitExceeded(
-            f"a chunk has {rows} rows at node {lane.peer.node!r}",
-            limit=f"{lane.limits.max_descriptors}, set there by backends.tcp.max_descriptors",
-            remedy="lower transfers.max_pieces here",
-        )
-    if exchange.is_write and total > lane.limits.max_payload_nbytes:
-        raise LimitExceeded(
-            f"a chunk of {total} bytes for node {lane.peer.node!r}",
-            limit=f"{lane.limits.max_payload_nbytes}, set there by backends.tcp.max_frame",
-            remedy="lower transfers.chunk here",
-        )

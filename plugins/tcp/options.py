@@ -19,13 +19,26 @@ log = structlog.get_logger("xferd.tcp")
 
 
 class TcpOptions(Options):
-    """``[backends.tcp]``: how this node reaches others and is reached."""
+    """``[backends.tcp]``: how this node reaches others and is reached.
+
+    Why two bulk lanes: on two idle cores over loopback (November 2026) READ and WRITE of 64 KiB x 1024 made 2.0 and
+    2.4 GB/s over one lane, 2.8 and 3.4 over two; 256 MiB x 1 made 2.5 and 2.5 over one, 3.1 and 3.6 over two. Measure
+    your network with ``tools/bench_lanes.py``.
+
+    Not used: SO_BUSY_POLL needs the receive queue of a network card, which loopback has not; MSG_ZEROCOPY falls back
+    to a copy on loopback; TCP_NOTSENT_LOWAT bounds what waits in a lane's own socket, where nothing small waits.
+    """
 
     listen: str = Field("", description='"host:port" to accept peers at; empty: only call others')
     advertise: str = Field("", description='"host:port" that peers are told; empty: where we listen')
     secret_file: str = Field("", description="file with the cluster secret, at least 16 bytes, the same on all nodes")
     lanes: int = Field(2, ge=1, le=64, description="data lanes that we open to each peer: chunks at once")
+    small_lanes: int = Field(2, ge=0, le=16, description="further data lanes to each peer, for small chunks only")
+    small: Nbytes = Field(64 << 10, le=1 << 20, description="largest chunk that goes over the small lanes")
     max_lanes: int = Field(64, ge=1, le=4096, description="data lanes that we accept from all peers: threads")
+    max_peer_lanes: int = Field(16, ge=1, le=4096, description="data lanes that we accept from one peer")
+    turn: Nbytes = Field(1 << 20, ge=64 << 10, description="most that one system call of a bulk lane moves")
+    nice: int = Field(5, ge=0, le=19, description="added to the nice value of threads that move large chunks")
     max_handshakes: int = Field(64, ge=1, description="connections at once that have not proved who they are")
     max_requests: int = Field(256, ge=1, description="control requests of one lane that we handle at once")
     max_frame: Nbytes = Field(1 << 30, ge=1, description="largest payload of one frame that we accept")

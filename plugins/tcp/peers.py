@@ -17,8 +17,8 @@ from xferd.plugins.base import PeerLinkStatistics
 
 if TYPE_CHECKING:
     from xferd.plugins.base import PeerHandler, PeerIdentity
-    from xferd.plugins.tcp.client import ClientLane, LanePool
     from xferd.plugins.tcp.control import ControlLane
+    from xferd.plugins.tcp.lanes import Lane, LanePool
     from xferd.plugins.tcp.server import ServedLane, ServingTable
 
 MAX_ACCEPTED_CONTROL = 8
@@ -35,6 +35,7 @@ class Peer:
     dialled: ControlLane | None = None
     addresses: set[str] = field(default_factory=set)
     pool: LanePool | None = None
+    small: LanePool | None = None
     accepted: set[ControlLane] = field(default_factory=set)
     served: set[ServedLane] = field(default_factory=set)
     gone: str = ""
@@ -46,14 +47,24 @@ class Peer:
         """A lane for requests: ours, or else one of theirs."""
         return self.dialled or next(iter(self.accepted), None)
 
-    def fold(self, lane: ClientLane | ServedLane) -> None:
+    @property
+    def pools(self) -> tuple[LanePool, ...]:
+        """Our data lanes to it: bulk and small."""
+        return tuple(pool for pool in (self.pool, self.small) if pool is not None)
+
+    def close_pools(self, reason: str) -> None:
+        """End the data lanes that we opened."""
+        for pool in self.pools:
+            pool.close(f"node {self.identity.node!r}: {reason}")
+
+    def fold(self, lane: Lane | ServedLane) -> None:
         """Keep the counts of a data lane that has ended."""
         self.sent_nbytes += lane.stream.sent_nbytes
         self.received_nbytes += lane.stream.received_nbytes
 
     def link(self) -> PeerLinkStatistics:
         """Return lanes and bytes, both directions."""
-        data: list[ClientLane | ServedLane] = [*self.served, *(self.pool.lanes if self.pool else ())]
+        data: list[Lane | ServedLane] = [*self.served, *(lane for pool in self.pools for lane in pool.lanes)]
         return PeerLinkStatistics(
             lanes=len(data) + len(self.accepted) + (self.dialled is not None),
             sent_nbytes=self.sent_nbytes + sum(lane.stream.sent_nbytes for lane in data),
@@ -151,8 +162,7 @@ class PeerTable:
         if lane is peer.dialled:
             peer.dialled = None
             peer.addresses.clear()
-            if peer.pool is not None:
-                peer.pool.close(f"node {peer.identity.node!r}: {reason}")
+            peer.close_pools(reason)
         peer.accepted.discard(lane)
         if not peer.accepted:
             for served in peer.served:
@@ -171,8 +181,7 @@ class PeerTable:
             if goodbye:
                 lane.post(pb.PeerRequest(goodbye=pb.Goodbye(reason=reason)))
             lane.close(reason)
-        if peer.pool is not None:
-            peer.pool.close(f"node {peer.identity.node!r}: {reason}")
+        peer.close_pools(reason)
         for served in peer.served:
             served.abort(reason)
         self._serving.forget(peer.identity)

@@ -16,7 +16,7 @@ from xferd.api.proto import xferd_v1_pb2 as xferd_pb
 from xferd.api.types import TransferOp
 from xferd.plugins import vectored
 from xferd.plugins.tcp.frames import FrameLimits, FrameType, decode_control
-from xferd.plugins.tcp.streams import BlockingStream
+from xferd.plugins.tcp.streams import BlockingStream, give_way
 
 if TYPE_CHECKING:
     import socket
@@ -100,13 +100,14 @@ class ServedLane:
         on_left: Callable[[ServedLane], None],
     ) -> None:
         self.peer = peer
-        self.stream = BlockingStream(sock)
+        self.stream = BlockingStream(sock, options.turn)
         self.left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._options = options
         self._handler = handler
         self._table = table
         self._on_left = on_left
         self._loop = asyncio.get_running_loop()
+        self._is_bulk = False
         self._limits = FrameLimits.of({FrameType.DATA_REQUEST}, payload_nbytes=options.max_frame)
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -128,8 +129,8 @@ class ServedLane:
 
     def _run(self) -> None:
         try:
-            while (header := self.stream.receive_header(self._limits)) is not None:
-                self._serve(header)
+            while (head := self.stream.receive_head(self._limits)) is not None:
+                self._serve(*head)
         except PeerLost as exc:
             log.debug("data lane ended", peer=self.peer.node, reason=self.stream.reason or str(exc))
         except XferdError as exc:
@@ -143,8 +144,7 @@ class ServedLane:
             self.stream.close()
             self._loop.call_soon_threadsafe(self._leave)
 
-    def _serve(self, header: Header) -> None:
-        control = self.stream.receive_control(header)
+    def _serve(self, header: Header, control: bytes) -> None:
         if header.type is FrameType.ERROR:
             raise PeerLost(
                 f"the peer ends the lane: {wire.error_from_detail(decode_control(xferd_pb.ErrorDetail, control))}"
@@ -159,6 +159,10 @@ class ServedLane:
                 f"a {op.value} of {request.total_nbytes} bytes has a payload of {header.payload_nbytes}",
                 limit=f"{payload} bytes",
             )
+        if not self._is_bulk and request.total_nbytes > self._options.small:
+            # The caller does not say what it uses the lane for; what it asks for first does.
+            self._is_bulk = True
+            give_way(self._options.nice)
         reply = pb.DataReply()
         try:
             reply.moved_nbytes = self._answer(op, request, header)
@@ -219,9 +223,11 @@ class ServedLane:
                 raise _Refused(exc) from exc
             if window is None:
                 break
-            while len(window):  # a frame is never larger than what we would accept
-                part, window = vectored.split(window, min(vectored.total_nbytes(window), self._options.max_frame))
+            while vectored.total_nbytes(window) > self._options.max_frame:  # no frame is larger than we would accept
+                part, window = vectored.split(window, self._options.max_frame)
                 sent += self.stream.send_payload(part, request_id=request_id)
+            if len(window):
+                sent += self.stream.send_payload(window, request_id=request_id)
         if sent != grant.nbytes:
             raise _Refused(ShortTransfer(f"{sent} of {grant.nbytes} bytes could be read"))
         return sent

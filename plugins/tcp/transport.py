@@ -29,13 +29,16 @@ from xferd.api.errors import (
 from xferd.api.proto import peer_v1_pb2 as pb
 from xferd.plugins.base import PeerIdentity, PeerLinkStatistics, PeerTransport
 from xferd.plugins.tcp import sockets
-from xferd.plugins.tcp.client import ClientLane, LanePool, PeerLimits
+from xferd.plugins.tcp.client import ClientLane
 from xferd.plugins.tcp.control import ControlLane
+from xferd.plugins.tcp.exchange import PeerLimits
 from xferd.plugins.tcp.frames import FrameType
 from xferd.plugins.tcp.handshake import ClientHandshake, Expectation, ServerHandshake
+from xferd.plugins.tcp.lanes import LanePool
 from xferd.plugins.tcp.options import Address, read_secret
 from xferd.plugins.tcp.peers import Peer, PeerTable
 from xferd.plugins.tcp.server import ServedLane, ServingTable
+from xferd.plugins.tcp.small import SmallLane
 from xferd.plugins.tcp.tasks import TaskOwner
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ class TcpTransport(PeerTransport):
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._handshakes = 0
-        self._served_lanes = 0
+        self._served: Counter[str] = Counter()  # data lanes by peer
         self._threads: set[ClientLane | ServedLane] = set()
         self._controls: set[asyncio.Task[None]] = set()
         self._dials: dict[str, tuple[Expectation, asyncio.Task[PeerIdentity]]] = {}
@@ -231,28 +234,44 @@ class TcpTransport(PeerTransport):
         peer = home.peers.add_control(lane)
         limits = PeerLimits(welcome.max_frame_nbytes, welcome.max_descriptors)
         peer.addresses.add(str(address))
-        peer.pool = LanePool(self._options.lanes, lambda: self._dial_data(peer, address, limits))
+        peer.pool = LanePool(self._options.lanes, lambda: self._dial_bulk(peer, address, limits))
+        if self._options.small_lanes:
+            peer.small = LanePool(self._options.small_lanes, lambda: self._dial_small(peer, address, limits))
         self._run_control(lane)
         return identity
 
-    async def _dial_data(self, peer: Peer, address: Address, limits: PeerLimits) -> ClientLane:
-        node, pool = peer.identity.node, peer.pool
+    async def _dial_data(self, peer: Peer, address: Address) -> socket.socket:
+        node = peer.identity.node
         try:
             sock, _, _ = await self._dial(address, pb.LANE_KIND_DATA, Expectation(node, peer.identity.epoch))
         except PeerLost as exc:
             remedy = exc.remedy or "post it again"
             raise PeerLost(f"node {node!r}: no data lane: {exc.message}", limit=exc.limit, remedy=remedy) from exc
+        return sock
+
+    async def _dial_bulk(self, peer: Peer, address: Address, limits: PeerLimits) -> ClientLane:
+        sock, pool = await self._dial_data(peer, address), peer.pool
         assert pool is not None
-        name = f"xferd-tcp-{node}-{next(self._numbers)}"
 
         def left(lane: ClientLane) -> None:
             self._threads.discard(lane)
             pool.forget(lane)
             peer.fold(lane)
 
-        lane = ClientLane(peer.identity, sock, limits, name, left)
+        name = f"xferd-tcp-{peer.identity.node}-{next(self._numbers)}"
+        lane = ClientLane(peer.identity, sock, limits, self._options, name, left)
         self._threads.add(lane)
         return lane
+
+    async def _dial_small(self, peer: Peer, address: Address, limits: PeerLimits) -> SmallLane:
+        sock, pool = await self._dial_data(peer, address), peer.small
+        assert pool is not None
+
+        def left(lane: SmallLane) -> None:
+            pool.forget(lane)
+            peer.fold(lane)
+
+        return SmallLane(peer.identity, sock, limits, left)
 
     async def _open_control(self, sock: socket.socket, identity: PeerIdentity, *, is_dialled: bool) -> ControlLane:
         lane = ControlLane(identity, self._options, self._tasks, self._at_home().handler.handle, is_dialled=is_dialled)
@@ -348,26 +367,42 @@ class TcpTransport(PeerTransport):
         lane.greet(FrameType.WELCOME, self._welcome())
         self._run_control(lane)
 
-    async def _accept_data(self, sock: socket.socket, identity: PeerIdentity) -> None:
-        if self._served_lanes >= self._options.max_lanes:
+    def _check_room(self, node: str) -> None:
+        """Raise ``Overloaded`` if a peer may not have one more data lane served."""
+        total, of_peer = self._served.total(), self._served[node]
+        if total >= self._options.max_lanes:
             raise Overloaded(
-                f"{self._served_lanes} data lanes are being served",
+                f"{total} data lanes are being served",
                 limit=f"backends.tcp.max_lanes {self._options.max_lanes}",
                 remedy="raise backends.tcp.max_lanes here, or lower backends.tcp.lanes at the peers",
             )
-        self._served_lanes += 1
+        if of_peer >= self._options.max_peer_lanes:
+            raise Overloaded(
+                f"{of_peer} data lanes of node {node!r} are being served",
+                limit=f"backends.tcp.max_peer_lanes {self._options.max_peer_lanes}",
+                remedy="raise backends.tcp.max_peer_lanes here, or lower backends.tcp.lanes there",
+            )
+
+    def _unserve(self, node: str) -> None:
+        self._served[node] -= 1
+        if not self._served[node]:
+            del self._served[node]
+
+    async def _accept_data(self, sock: socket.socket, identity: PeerIdentity) -> None:
+        self._check_room(identity.node)
+        self._served[identity.node] += 1
         try:
             await sockets.send_message(sock, FrameType.WELCOME, self._welcome())
             home = self._at_home()
             home.peers.check_accept(identity, is_data=True)  # again: we have waited
         except BaseException:
-            self._served_lanes -= 1
+            self._unserve(identity.node)
             raise
         peer = self._connected(identity.node)
         name = f"xferd-tcp-serve-{identity.node}-{next(self._numbers)}"
 
         def left(lane: ServedLane) -> None:
-            self._served_lanes -= 1
+            self._unserve(identity.node)
             self._threads.discard(lane)
             peer.served.discard(lane)
             peer.fold(lane)

@@ -11,8 +11,8 @@ import abc
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -68,6 +68,10 @@ class Rig(abc.ABC):
         """Start the backend, and what it needs at the other end."""
         await self.backend.start()
 
+    def pairs(self) -> frozenset[Pair]:
+        """Return the pairs to try: all, unless the backend writes to some target only as a whole."""
+        return self.backend.pairs()
+
     @abc.abstractmethod
     def arena(self, kind: SpaceKind, nbytes: int) -> Arena:
         """Make memory of a kind that the backend moves; the check closes it."""
@@ -97,7 +101,7 @@ def check_declarations(maker: Maker) -> None:
             backend = rig.backend
             assert backend.name
             assert backend.pairs()
-            for pair in backend.pairs():
+            for pair in rig.pairs():
                 with _arenas(rig, pair, 4096) as (source, target):
                     assert backend.refusal(source.space, target.space) == ""
                     assert backend.slots(source.space, target.space) >= 1
@@ -117,7 +121,7 @@ def check_exact(maker: Maker) -> None:
         stack = _started(maker)
         rig = runner.run(stack.__aenter__())
         try:
-            for pair in sorted(rig.backend.pairs(), key=str):
+            for pair in sorted(rig.pairs(), key=str):
                 with _arenas(rig, pair, ARENA_NBYTES) as (source, target):
                     _check_shapes(runner, rig.backend, source, target)
         finally:
@@ -129,7 +133,7 @@ def check_many_rows(maker: Maker) -> None:
 
     async def main() -> None:
         async with _started(maker) as rig:
-            for pair in rig.backend.pairs():
+            for pair in rig.pairs():
                 with _arenas(rig, pair, ARENA_NBYTES) as (source, target):
                     for left, right in _large_shapes():
                         await _move_and_compare(rig.backend, source, target, left, right)
@@ -142,7 +146,7 @@ def check_large(maker: Maker) -> None:
 
     async def main() -> None:
         async with _started(maker) as rig:
-            for pair in rig.backend.pairs():
+            for pair in rig.pairs():
                 with _arenas(rig, pair, LARGE_NBYTES) as (source, target):
                     whole = [(0, LARGE_NBYTES)]
                     thirds = [(7, 4 << 20), (5 << 20, 4 << 20), ((10 << 20) + 5, 4 << 20)]
@@ -153,12 +157,25 @@ def check_large(maker: Maker) -> None:
     _run(main())
 
 
+def check_move_now(maker: Maker) -> None:
+    """A call made for a plan moves its bytes at once and each time, and counts them; where there is none, ``move``."""
+
+    async def main() -> None:
+        async with _started(maker) as rig:
+            for pair in rig.pairs():
+                with _arenas(rig, pair, ARENA_NBYTES) as (source, target):
+                    for left, right in _small_shapes():
+                        _check_now(rig.backend, source, target, left, right)
+
+    _run(main())
+
+
 def check_concurrency(maker: Maker) -> None:
     """Many chunks at once, more than there are slots, each move its own bytes; the counters add up."""
 
     async def main() -> None:
         async with _started(maker) as rig:
-            for pair in rig.backend.pairs():
+            for pair in rig.pairs():
                 with _arenas(rig, pair, ARENA_NBYTES) as (source, target):
                     await _check_concurrent(rig.backend, source, target)
 
@@ -187,7 +204,7 @@ def check_failures(maker: Maker) -> None:
 
     async def main() -> None:
         async with _started(maker) as rig:
-            for pair in rig.backend.pairs():
+            for pair in rig.pairs():
                 arenas = rig.broken(pair)
                 if arenas is None:
                     continue
@@ -213,7 +230,7 @@ def check_close(maker: Maker) -> None:
         async with maker() as rig:
             await rig.start()
             backend = rig.backend
-            for pair in list(backend.pairs())[:1]:
+            for pair in list(rig.pairs())[:1]:
                 with _arenas(rig, pair, LARGE_NBYTES) as (source, target):
                     moving = asyncio.ensure_future(backend.move(_chunk(source, target, *_WHOLE_LARGE)))
                     await asyncio.sleep(0)
@@ -236,7 +253,7 @@ def check_nothing_leaks(maker: Maker) -> None:
 
     async def main() -> None:
         async with _started(maker) as rig:
-            for pair in rig.backend.pairs():
+            for pair in rig.pairs():
                 with _arenas(rig, pair, ARENA_NBYTES) as (source, target):
                     await _move_and_compare(rig.backend, source, target, [(0, 5000)], [(9, 5000)])
                     await _check_cancelled(rig.backend, source, target, 1)
@@ -255,6 +272,7 @@ CHECKS: tuple[Callable[[Maker], None], ...] = (
     check_exact,
     check_many_rows,
     check_large,
+    check_move_now,
     check_concurrency,
     check_cancellation,
     check_failures,
@@ -317,7 +335,7 @@ def _pairs_of(maker: Maker) -> list[Pair]:
 
     async def main() -> None:
         async with maker() as rig:
-            found.extend(rig.backend.pairs())
+            found.extend(rig.pairs())
             await rig.backend.aclose()
 
     _run(main())
@@ -349,16 +367,36 @@ async def _error_of(move: Coroutine[None, None, int]) -> XferdError | None:
 
 
 async def _move_and_compare(backend: Backend, source: Arena, target: Arena, left: list[Row], right: list[Row]) -> None:
-    data, before = pattern(source.nbytes, 1), pattern(target.nbytes, 2)
+    chunk = _chunk(source, target, left, right)
+    with _compared(backend, source, target, left, right):
+        assert await backend.move(chunk) == chunk.nbytes
+
+
+def _check_now(backend: Backend, source: Arena, target: Arena, left: list[Row], right: list[Row]) -> None:
+    chunk = _chunk(source, target, left, right)
+    before = backend.statistics()
+    call = backend.move_now(chunk.source, chunk.target)
+    assert backend.statistics() == before, "making the call already moved or counted something"
+    del chunk  # the call keeps what it needs
+    for seed in (1, 3) if call is not None else ():
+        with _compared(backend, source, target, left, right, seed=seed):
+            assert call() == sum(size for _, size in left)
+
+
+@contextmanager
+def _compared(
+    backend: Backend, source: Arena, target: Arena, left: list[Row], right: list[Row], *, seed: int = 1
+) -> Iterator[None]:
+    """Fill both sides; after the move inside, compare all bytes of both, and what was counted."""
+    data, before = pattern(source.nbytes, seed), pattern(target.nbytes, seed + 1)
     source.fill(data)
     target.fill(before)
     counted = backend.statistics()
-    chunk = _chunk(source, target, left, right)
-    assert await backend.move(chunk) == chunk.nbytes
+    yield
     assert_same(target.read(), _expected(before, data, left, right))
     assert_same(source.read(), data)
     after = backend.statistics()
-    assert after.moved_nbytes - counted.moved_nbytes == chunk.nbytes
+    assert after.moved_nbytes - counted.moved_nbytes == sum(size for _, size in left)
     assert (after.chunks - counted.chunks, after.failures - counted.failures, after.busy) == (1, 0, 0)
 
 
@@ -400,6 +438,22 @@ def _large_shapes() -> list[tuple[list[Row], list[Row]]]:
         (scattered, longer),
         (singles, list(reversed(singles))),
         (singles, [(1, count)]),
+    ]
+
+
+def _small_shapes() -> list[tuple[list[Row], list[Row]]]:
+    """What may be moved at once, and what is too much for it: a backend draws the line where it likes."""
+    rows = [(number * 4099 + 1, 301) for number in range(32)]
+    halves = [(number * 2048 + 5, 602) for number in range(16)]
+    whole = [(3, 32 * 301)]
+    odd = [(9, 1), (77, 32 * 301 - 2), (20_000, 1)]
+    return [
+        ([(0, 4096)], [(4096, 4096)]),
+        ([(5, 1)], [(ARENA_NBYTES - 1, 1)]),
+        (rows, list(reversed(rows))),
+        *itertools.permutations((rows, halves, whole, odd), 2),
+        ([(1, 64 << 10)], [(11, 64 << 10)]),
+        ([(1, ARENA_NBYTES - 1)], [(0, ARENA_NBYTES - 1)]),
     ]
 
 

@@ -176,8 +176,8 @@ def test_unknown_nodes_agents_pools_and_backends(face: Face, far: Face) -> None:
             face.notify(target, b"x")
     with refuses(NotFound, "attic", limit="host"):
         face.allocate(4096, pool="attic")
-    for pin in ("warp", "tcp"):
-        with refuses(NoRoute, pin, "local"):
+    for pin, error in (("warp", InvalidArgument), ("tcp", NoRoute)):
+        with refuses(error, pin, "local"):
             face.submit("READ", row(mine, 0, 1), row(mine, 1, 1), backend=pin)
     (theirs,) = far.allocate(SIZE, access="READ")
     with refuses(NotFound, NO_REGION, "a"):

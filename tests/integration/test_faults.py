@@ -17,7 +17,15 @@ import pytest
 from cluster import eventually
 from faces import FACES, row
 
-from xferd.api.errors import Cancelled, DeadlineExceeded, MoveFailed, NoRoute, PeerLost, ShortTransfer, XferdError
+from xferd.api.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidArgument,
+    MoveFailed,
+    PeerLost,
+    ShortTransfer,
+    XferdError,
+)
 from xferd.api.types import Access, TransferState
 from xferd.clients import Client
 
@@ -117,7 +125,7 @@ def test_a_backend_that_fails_with_nobody_to_replace_it(
 def test_a_fault_of_the_source_fails_on_every_route_and_names_them(drill: Callable[..., Client]) -> None:
     """A file that was cut: no backend can help, and the error says who tried."""
     client = drill('kind="delay", delay=0')
-    with pytest.raises(NoRoute, match="warp"):
+    with pytest.raises(InvalidArgument, match="warp"):
         client.write(*two_regions(client, 4096), backend="warp")
     memory = mmap.mmap(-1, 1 << 20)
     source, target = client.register(memory), client.allocate(1 << 20)
@@ -237,3 +245,42 @@ def test_cancel_across_nodes_during_a_delay_leaves_no_hold(far_drill: Callable[.
     theirs.free()  # not busy: the peer has let go
     assert np.array_equal(mine.array(), here)
     assert len(there)
+
+
+def test_a_route_that_failed_is_tried_last_for_a_while_and_is_listed(drill: Callable[..., Client]) -> None:
+    """One failure costs one detour, not one in each transfer; also where an old transfer is posted again."""
+    client = drill('kind="error", limit=1')
+    source, target = two_regions(client, CHUNK)
+    transfer = client.transfer("WRITE", source, target)
+    assert routes_of(transfer.wait(10.0)) == ["local"]
+    assert client.admin.backends()[-1].failures + client.admin.backends()[0].failures >= 1
+    [faulty_row] = [row for row in client.admin.routes() if row.route == "faulty"]
+    assert (faulty_row.failures, faulty_row.source, faulty_row.target) == (1, "DRAM", "DRAM")
+    assert "injected by backends.faulty" in faulty_row.last_error
+    if faulty_row.retry_in_s > 0.2:  # else this machine was too slow to look in time
+        considered = client.explain("WRITE", source, target).considered
+        assert considered[0].startswith("local: chosen, quickest: "), considered
+        assert "tried last for" in considered[1], considered
+        assert routes_of(transfer.post(wait_s=10.0)) == ["local"]
+
+    def is_healed() -> object:
+        client.write(source, target)
+        return [row.failures for row in client.admin.routes() if row.route == "faulty"] == [0] or client.admin.routes()
+
+    eventually(is_healed, what="a success of the route that had failed")
+    assert client.estimate("WRITE", source, target).basis == "measured"
+
+
+def test_a_pinned_backend_that_fails_is_not_replaced_and_an_unknown_one_is_named(drill: Callable[..., Client]) -> None:
+    client = drill('kind="error"')
+    source, target = two_regions(client, CHUNK)
+    with pytest.raises(MoveFailed) as failed:
+        client.write(source, target, backend="faulty")
+    assert failed.value.limit == "pinned to backend 'faulty'"
+    assert "leave the backend open" in failed.value.remedy
+    assert [line.partition(":")[0] for line in failed.value.routes_tried] == ["faulty"]
+    with pytest.raises(InvalidArgument, match="no backend 'warp'") as unknown:
+        client.write(source, target, backend="warp")
+    assert "local" in unknown.value.limit
+    assert "faulty" in unknown.value.limit
+    assert client.write(source, target).state is TransferState.DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -150,6 +151,7 @@ def test_all_transfers_with_a_lost_peer_fail_at_once_and_no_others(trio, client)
         kept_targets[0].array()[:] = 0
         for daemon in (b, c):
             daemon.process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)  # until then its other threads go on
         try:
             lost = [client.transfer("READ", target, client.region(theirs.info)) for target in lost_targets]
             kept = [client.transfer("READ", target, client.region(others.info)) for target in kept_targets]

@@ -114,7 +114,12 @@ async def running(folder: Path, name: str) -> AsyncIterator[str]:
     folder.joinpath("root").mkdir(parents=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notify:
         notify.bind(str(folder / "notify"))
-        settings = [f"node.run_dir={folder / 'run'}", f"node.name={name}", f'files.roots=["{folder / "root"}"]']
+        settings = [
+            f"node.run_dir={folder / 'run'}",
+            f"node.name={name}",
+            f'files.roots=["{folder / "root"}"]',
+            "backends.object.stores.kv.url=memory:///",
+        ]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",

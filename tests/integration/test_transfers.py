@@ -1,4 +1,7 @@
-"""Bytes arrive whole and in place between every two kinds of memory, on one node and across two, by every list form."""
+"""Bytes arrive whole and in place between every two kinds of memory, on one node and across two, by every list form.
+
+All of it by gRPC and, with lists that are prepared first, by the ring: the same tests, and the same results.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from xferd.api.errors import (
     Stale,
 )
 from xferd.api.types import Access, Priority, TransferState
-from xferd.clients import Client
+from xferd.clients import Client, Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,14 +39,42 @@ NBYTES = 3 << 20
 SHARED = Access.READ_WRITE
 
 
-@pytest.fixture
-def clients(pair: Daemons, no_leaks: Callable[..., None]) -> Iterator[tuple[Client, Client]]:
+class PreparingClient(Client):
+    """A client that prepares every list, so that its transfers go over the ring."""
+
+    def transfer(self, op, local, remote, **options):
+        return super().transfer(op, self.ready(local), self.ready(remote), **options)
+
+    def read(self, local, remote, **options):
+        return super().read(self.ready(local), self.ready(remote), **options)
+
+    def write(self, local, remote, **options):
+        return super().write(self.ready(local), self.ready(remote), **options)
+
+    def ready(self, spec):
+        """Return a prepared list; the same region's is the same, so that a request can be repeated."""
+        if not isinstance(spec, (Region, DescriptorList)):
+            return spec
+        name = spec.id if isinstance(spec, Region) else id(spec)
+        made = self.__dict__.setdefault("made", {})
+        if name not in made:
+            made[name] = spec, self.prepare(spec)
+        return made[name][1]
+
+
+@pytest.fixture(params=["grpc", "ring"])
+def clients(
+    request: pytest.FixtureRequest, pair: Daemons, no_leaks: Callable[..., None]
+) -> Iterator[tuple[Client, Client]]:
     no_leaks(*pair)
+    is_ring = request.param == "ring"
+    maker = PreparingClient if is_ring else Client
     with (
-        Client.connect(pair[0].session_socket, agent="alice") as a,
-        Client.connect(pair[1].session_socket, agent="bob") as b,
+        maker.connect(pair[0].session_socket, agent="alice", ring=is_ring) as a,
+        maker.connect(pair[1].session_socket, agent="bob", ring=is_ring) as b,
     ):
         yield a, b
+        assert a.uses_ring == b.uses_ring == is_ring  # no daemon has found fault with a ring
 
 
 class Memory:

@@ -83,6 +83,7 @@ class FakeEngine:
         cancelled: names of methods that were cancelled while a gate held them or while they waited.
         paused: while true, a posted transfer stays POSTED until ``finish`` or ``cancel``.
         files: contents for ``register_file``, by path; a path that starts with ".." is outside the roots.
+        objects: contents for ``register_object``, by (store, key).
         peer_list: what ``peers`` returns.
         live_reason: what ``liveness`` returns.
         labels: blobs by (node, label), as a store that keeps some; None is a store that keeps none.
@@ -110,6 +111,7 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.paused = False
         self.files: dict[str, bytearray] = {}
+        self.objects: dict[tuple[str, str], bytearray] = {}
         self.peer_list: list[t.PeerInfo] = []
         self.imported: dict[str, t.RegionListing] = {}
         self.live_reason = ""
@@ -331,6 +333,69 @@ class FakeEngine:
                     raise Busy(f"region {region} is held by transfer {key}", remedy="wait for it, or cancel it")
         for region in regions:
             del self._regions[region]
+
+    async def register_object(self, caller: t.Caller, request: t.RegisterObjectRequest) -> t.RegionInfo:
+        await self._enter("register_object")
+        place = request.store, request.key
+        if place not in self.objects:
+            if not request.create:
+                raise NotFound(f"object {request.key!r}", remedy="set create to make it")
+            self.objects[place] = bytearray(request.nbytes)
+        return self._add(
+            caller,
+            self.objects[place],
+            t.RegionSource.OBJECT,
+            request.access,
+            request.label,
+            kind=t.MemoryKind.OBJECT,
+            writable=request.writable,
+            path=f"{request.store}/{request.key}",
+        )
+
+    async def query(self, caller: t.Caller, items: Sequence[t.QueryItem]) -> list[t.QueryResult]:
+        await self._enter("query")
+        results = []
+        for item in items:
+            data = self.objects.get((item.store, item.key)) if item.store else self.files.get(item.path)
+            if item.path.startswith(".."):
+                error = PermissionDenied(f"path {item.path!r} is outside the roots", limit="files.roots")
+                results.append(t.QueryResult(False, error=error))
+            else:
+                found = t.QueryResult(False) if data is None else t.QueryResult(True, len(data), 1.5, "etag")
+                results.append(found)
+        return results
+
+    async def delete_objects(self, caller: t.Caller, store: str, keys: Sequence[str]) -> None:
+        await self._enter("delete_objects")
+        for key in keys:
+            self.objects.pop((store, key), None)
+
+    async def list_objects(self, caller: t.Caller, query: t.ObjectQuery) -> t.ObjectPage:
+        await self._enter("list_objects")
+        keys = sorted(key for store, key in self.objects if store == query.store and key > query.after)
+        keys = [key for key in keys if key.startswith(query.prefix)]
+        page = keys[: query.limit or 1000]
+        entries = tuple(t.ObjectEntry(key, len(self.objects[query.store, key]), 1.5, "etag") for key in page)
+        return t.ObjectPage(entries, page[-1] if len(page) < len(keys) else "")
+
+    async def hand_over(self, caller: t.Caller, request: t.HandOverRequest) -> t.RegionListing:
+        await self._enter("hand_over")
+        taker = next((s for s, held in self._sessions.items() if held.info.agent == request.to), None)
+        if taker is None:
+            raise AgentUnknown(f"no agent {request.to!r}", remedy="open a session")
+        given = []
+        for region in request.regions:
+            held = self._region(region)
+            if not caller.admin and held.owner != self._session(caller):
+                raise PermissionDenied(f"region {region} belongs to {held.info.agent}", limit="own regions")
+            access = held.info.access if request.access is None else request.access
+            given.append((held, replace(held.info, agent=request.to, access=access)))
+        source = f"{caller.agent}@{self.name}"
+        self._deliver(t.Notification(request.to, request.payload, source, regions=request.regions))
+        for held, info in given:
+            held.owner, held.info = taker, info
+        await self._wake()
+        return t.RegionListing(self.name, self.epoch, tuple(info for _, info in given))
 
     async def regions(self, caller: t.Caller, query: t.RegionQuery) -> t.RegionListing:
         await self._enter("regions")
@@ -680,6 +745,25 @@ class FakeEngine:
     def backends(self) -> list[t.BackendInfo]:
         self._hit("backends")
         return [t.BackendInfo("local", ("DRAM>DRAM",), 0, 0, 0, 0, 2)]
+
+    def storage(self) -> list[t.StorageInfo]:
+        self._hit("storage")
+        directory = t.StorageDirectoryInfo("/ssd", "ab" * 16, 1.0, 65536, 4096, 1, 1, 88, 2, "", True, 0, 1, 0)
+        return [
+            t.StorageInfo(
+                "ssd", "xxh3", False, 4096, 1, 1, 4096, 4096, 0, 4096, 0, 0, 1 << 20, 3, 12288, 1.5, (directory,)
+            )
+        ]
+
+    async def scrub_storage(self, pool: str) -> t.StorageInfo:
+        await self._enter("scrub_storage")
+        if pool != "ssd":
+            raise NotFound(f"no storage pool {pool!r}")
+        return self.storage()[0]
+
+    def routes(self) -> list[t.RouteCost]:
+        self._hit("routes")
+        return [t.RouteCost("local", "DRAM", "DRAM", "", 4096, 65535, 5e9, 1.5, 3, 2.0, 0, 0.0, "")]
 
     def holds(self) -> list[t.HoldInfo]:
         self._hit("holds")

@@ -139,7 +139,8 @@ def test_the_page_of_errors_is_in_step_with_the_table() -> None:
         (("token", "abc"),),
     ],
 )
-async def test_every_call_but_open_needs_a_live_token(client: Client, metadata: object) -> None:
+async def test_every_call_but_open_needs_a_live_token(client: Client, engine: FakeEngine, metadata: object) -> None:
+    engine.admin_token = "of an operator, who may do some of this without a session"
     calls = [
         client.sessions.Close(pb.CloseSessionRequest(), metadata=metadata),
         client.memory.Allocate(pb.AllocateRequest(nbytes=[1]), metadata=metadata),

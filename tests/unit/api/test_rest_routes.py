@@ -33,7 +33,19 @@ async def test_every_route_answers_as_declared(rest: Rest) -> None:
     rest.engine.files["weights.bin"] = bytearray(8192)
     for path in ("/", "/livez", "/readyz", "/metrics", "/openapi.json"):
         assert (await rest("GET", path)).status == 200
-    for path in ("node", "config", "pools", "backends", "holds", "doctor", "peers", "agents", "sessions", "log-level"):
+    for path in (
+        "node",
+        "config",
+        "pools",
+        "backends",
+        "routes",
+        "holds",
+        "doctor",
+        "peers",
+        "agents",
+        "sessions",
+        "log-level",
+    ):
         assert (await rest("GET", f"/v1/{path}")).status == 200
     grant = (await rest("POST", "/v1/sessions", {"agent": "a", "ttl_s": 30})).json
     token = grant["token"]
@@ -59,6 +71,29 @@ async def test_every_route_answers_as_declared(rest: Rest) -> None:
     assert [item["id"] for item in (await rest("GET", "/v1/transfers", token=token)).json["transfers"]] == [held["id"]]
     assert (await rest("GET", f"/v1/regions/{target}/bytes?offset=96", token=token)).body == payload[96:]
 
+    made = {"kind": "object", "store": "s", "key": "a/b", "nbytes": 7, "writable": True, "create": True}
+    (record,) = (await rest("POST", "/v1/regions", made, token=token)).json["regions"]
+    assert (record["kind"], record["source"], record["path"], record["nbytes"]) == ("OBJECT", "OBJECT", "s/a/b", 7)
+    items = [{"store": "s", "key": "a/b"}, {"path": "weights.bin"}, {"path": "../x"}, {"path": "absent"}]
+    results = (await rest("POST", "/v1/query", {"items": items}, token=token)).json["results"]
+    assert [(result["exists"], result["nbytes"]) for result in results] == [
+        (True, 7),
+        (True, 8192),
+        (False, 0),
+        (False, 0),
+    ]
+    assert [result["error"] and result["error"]["code"] for result in results] == [
+        None,
+        None,
+        "permission_denied",
+        None,
+    ]
+    page = (await rest("GET", "/v1/stores/s/objects?prefix=a&limit=5", token=token)).json
+    assert ([entry["key"] for entry in page["objects"]], page["next"]) == (["a/b"], "")
+    assert (await rest("POST", "/v1/stores/s/objects/delete", {"keys": ["a/b"]}, token=token)).status == 204
+    assert (await rest("GET", "/v1/stores/s/objects")).json["objects"] == []
+    assert (await rest("DELETE", f"/v1/regions/{record['id']}", token=token)).status == 204
+
     prepared = (await rest("POST", "/v1/prepared", span(source, 64), token=token)).json
     assert (prepared["count"], prepared["total_nbytes"]) == (1, 64)
     assert (await rest("DELETE", f"/v1/prepared/{prepared['handle']}", token=token)).status == 204
@@ -66,6 +101,20 @@ async def test_every_route_answers_as_declared(rest: Rest) -> None:
     assert (await rest("POST", "/v1/notifications", note, token=token)).status == 204
     (taken,) = (await rest("GET", "/v1/notifications?timeout=1", token=token)).json["notifications"]
     assert base64.b64decode(taken["payload"]) == b"\0\xff"
+
+    assert (await rest("GET", "/v1/storage")).json["pools"][0]["directories"][0]["path"] == "/ssd"
+    assert (await rest("POST", "/v1/storage/ssd/scrub")).json["scrub_passes"] == 3
+    assert (await rest("POST", "/v1/storage/none/scrub")).code == "not_found"
+
+    other = (await rest("POST", "/v1/sessions", {"agent": "heir", "ttl_s": 30})).json
+    (gift,) = await rest.allocate(token, 4096)
+    given = {"regions": [gift], "to": "heir", "payload": base64.b64encode(b"yours").decode(), "access": "READ"}
+    (record,) = (await rest("POST", "/v1/regions/hand-over", given, token=token)).json["regions"]
+    assert (record["id"], record["agent"], record["access"]) == (gift, "heir", "READ")
+    (taken,) = (await rest("GET", "/v1/notifications?timeout=1", token=other["token"])).json["notifications"]
+    assert (taken["regions"], base64.b64decode(taken["payload"])) == ([gift], b"yours")
+    assert (await rest("POST", "/v1/regions/hand-over", given, token=token)).code == "permission_denied"
+    assert (await rest("DELETE", f"/v1/sessions/{other['session']}", token=other["token"])).status == 204
 
     assert [node["name"] for node in (await rest("GET", "/v1/nodes")).json["nodes"]] == ["node-a"]
     assert (await rest("GET", "/v1/peers/events?timeout=0.01")).body == b""

@@ -21,7 +21,9 @@ kinds = st.sampled_from(t.MemoryKind)
 accesses = st.sampled_from([t.Access.NONE, t.Access.READ, t.Access.WRITE, t.Access.READ_WRITE])
 ids = st.builds(t.RegionId, u64)
 
-pools = st.builds(t.PoolInfo, names, kinds, u64, u64, u64, u64, st.floats(0, 1), u64, u64, u64, mappable=st.booleans())
+pools = st.builds(
+    t.PoolInfo, names, kinds, u64, u64, u64, u64, st.floats(0, 1), u64, u64, u64, st.booleans(), u64, names
+)
 limits = st.builds(t.Limits, u64, u64, u64, u64)
 grants = st.builds(t.SessionGrant, names, names, names, names, u64, limits, names, st.lists(pools).map(tuple))
 sessions = st.builds(
@@ -61,7 +63,7 @@ nodes = st.builds(
     agents=st.lists(names).map(tuple),
     started_at=seconds,
 )
-notifications = st.builds(t.Notification, names, st.binary(), names, names)
+notifications = st.builds(t.Notification, names, st.binary(), names, names, st.lists(ids, max_size=3).map(tuple))
 statuses = st.builds(
     t.TransferStatus,
     id=names,
@@ -84,9 +86,21 @@ ROUND_TRIPS = {
     "pool": pools,
     "region": regions,
     "listing": st.builds(t.RegionListing, names, u64, st.lists(regions, max_size=3).map(tuple)),
-    "allocate": st.builds(t.AllocateRequest, st.lists(u64).map(tuple), names, accesses, names),
+    "allocate": st.builds(t.AllocateRequest, st.lists(u64).map(tuple), names, accesses, names, st.booleans()),
     "register_private": st.builds(t.RegisterPrivateRequest, u64, u64, accesses, names, st.booleans()),
     "register_file": st.builds(t.RegisterFileRequest, names, u64, st.booleans(), st.booleans(), accesses, names),
+    "register_object": st.builds(
+        t.RegisterObjectRequest, names, names, u64, st.booleans(), st.booleans(), accesses, names
+    ),
+    "query_item": st.builds(t.QueryItem, names, names, names),
+    "query_result": st.builds(t.QueryResult, st.booleans(), u64, seconds, names, st.none()),
+    "object_query": st.builds(t.ObjectQuery, names, names, names, u32),
+    "object_page": st.builds(
+        t.ObjectPage, st.lists(st.builds(t.ObjectEntry, names, u64, seconds, names), max_size=3).map(tuple), names
+    ),
+    "hand_over": st.builds(
+        t.HandOverRequest, st.lists(ids).map(tuple), names, st.binary(), st.none() | accesses, names
+    ),
     "region_query": st.builds(t.RegionQuery, names, names, names, st.lists(ids).map(tuple)),
     "prepared": st.builds(t.PreparedInfo, u64, names, u64, u64, u64),
     "notification": notifications,
@@ -107,6 +121,20 @@ ROUND_TRIPS = {
         seconds,
     ),
     "backend": st.builds(t.BackendInfo, names, st.lists(names).map(tuple), u64, u64, u64, u32, u32),
+    "route_cost": st.builds(t.RouteCost, *[names] * 4, u64, u64, seconds, seconds, u64, seconds, u32, seconds, names),
+    "storage": st.builds(
+        t.StorageInfo,
+        names,
+        names,
+        st.booleans(),
+        *[u64] * 11,
+        u64,
+        seconds,
+        st.lists(
+            st.builds(t.StorageDirectoryInfo, names, names, seconds, *[u64] * 6, names, st.booleans(), u64, u64, u64),
+            max_size=2,
+        ).map(tuple),
+    ),
     "hold": st.builds(t.HoldInfo, names, names, names, names, seconds, seconds),
     "check": st.builds(t.Check, names, st.sampled_from(t.CheckState), names, names),
 }
@@ -128,6 +156,19 @@ def test_every_converter_goes_both_ways() -> None:
     assert there - back == {"runs"}  # runs come back as columns
     assert not back - there
     assert there - set(ROUND_TRIPS) == {"list", "runs", "statuses", "transfer_request"}
+
+
+def test_nobody_but_the_daemon_says_that_regions_were_handed_over() -> None:
+    told = t.Notification("b", b"x", "a@n", "", (t.RegionId(7),))
+    message = wire.notification_to_message(told)
+    assert wire.notification_from_message(message) == told
+    assert wire.notification_asked_for(message).regions == ()
+    request = pb.SubmitRequest(op=pb.TRANSFER_OP_READ, notification=message)
+    for side in (request.local, request.remote):
+        side.columns.region = side.columns.offset = side.columns.nbytes = (8).to_bytes(8, "little")
+    asked = wire.transfer_request_from_message(request, 10).notification
+    assert asked is not None
+    assert asked.regions == ()
 
 
 # -- lists

@@ -30,6 +30,8 @@ from xferd.daemon.sessions.socket import SessionSocketServer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
 
+    from xferd.api.ring import RingSizes
+
 POOL_NBYTES = 1 << 20
 
 
@@ -90,6 +92,9 @@ class MappedEngine(FakeEngine):
             os.close(fd)
         kind = t.MemoryKind.FILE
         return self._add(caller, data, t.RegionSource.FD, access, label, kind=kind, writable=writable)
+
+    def open_ring(self, caller: t.Caller, version: int, sizes: RingSizes) -> tuple[int, tuple[int, ...]]:
+        raise Unsupported("this engine has no rings")
 
     def pool_fd(self, caller: t.Caller, pool: str) -> tuple[t.PoolInfo, int]:
         self.maps += 1

@@ -113,6 +113,12 @@ async def test_own_memory_is_registered_in_every_way(daemon, client, tmp_path):
         assert await (await client.register_fd(file.fileno())).read(1, 3) == b"eig"
     daemon.engine.files["cache"] = bytearray(b"cached")
     assert await (await client.register_file("cache")).read() == b"cached"
+    made = await client.register_object("s3", "kv/1", nbytes=10, writable=True, create=True)
+    assert (made.info.kind, made.nbytes) == (t.MemoryKind.OBJECT, 10)
+    assert [result.exists for result in await client.query([("s3", "kv/1"), "cache", "absent"])] == [True, True, False]
+    assert [entry.key for entry in (await client.list_objects("s3", "kv/")).objects] == ["kv/1"]
+    await client.delete_objects("s3", ["kv/1"])
+    assert (await client.list_objects("s3")).objects == ()
     daemon.engine.fail_next("register_private", Unavailable("perhaps"))
     with pytest.raises(Unavailable, match="perhaps"):
         await client.register(np.zeros(4))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xferd.api.errors import InvalidArgument
-from xferd.clients.bench._patterns import Blocks
+from xferd.clients.bench._patterns import Arrival, Blocks
 
 SOURCE_ROWS, TARGET_ROWS = np.array([5, 2, 7]), np.array([1, 6, 3])
 VISIT = 9
@@ -78,6 +78,29 @@ def test_no_word_is_zero_and_no_two_are_equal():
         source.stamp(np.arange(16), visit)
         assert source.words.all()
         assert len(np.unique(source.words)) == source.words.size
+
+
+def from_two_sources() -> tuple[Blocks, list[Arrival]]:
+    """A target that got blocks of two clients, who have the same blocks at the same places."""
+    sources = [Blocks(np.zeros(512, np.uint8), 64) for _ in range(2)]
+    target = Blocks(np.zeros(512, np.uint8), 64)
+    arrivals = [Arrival(np.array([1, 4]), SOURCE_ROWS[:2], 0), Arrival(np.array([0, 7]), SOURCE_ROWS[:2], 1)]
+    for number, (source, arrival) in enumerate(zip(sources, arrivals, strict=True)):
+        source.stamp(arrival.source_rows, VISIT, number)
+        target.words[arrival.rows] = source.words[arrival.source_rows]
+    return target, arrivals
+
+
+def test_several_sources_may_fill_one_target():
+    target, arrivals = from_two_sources()
+    assert target.fault_of(arrivals, VISIT) is None
+
+
+def test_another_clients_block_is_seen_though_its_place_was_the_same():
+    target, arrivals = from_two_sources()
+    target.words[4] = target.words[7]
+    fault = target.fault_of(arrivals, VISIT)
+    assert (fault.kind, fault.block) == ("misplaced", 4)
 
 
 @pytest.mark.parametrize("block_nbytes", [0, 4, 13])

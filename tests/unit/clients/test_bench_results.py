@@ -1,23 +1,31 @@
-"""Cases are chosen with what they are compared with; samples become the figures of tables and documents."""
+"""Samples become the figures of tables and documents, and wrong bytes decide how it ends."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 
 import pytest
 
 from xferd.api.errors import InvalidArgument
-from xferd.clients.bench._app import main, parser, region_for, report
-from xferd.clients.bench._cases import ECHO, MEMCPY, STREAM, Case, Place, choose, standard_cases
-from xferd.clients.bench._documents import BEGIN, END, document, rewrite, section
+from xferd.clients.bench._app import report
+from xferd.clients.bench._cases import ECHO, Case, Place
+from xferd.clients.bench._documents import BEGIN, END, document, findings, peer_settings, rewrite, section, write_csv
+from xferd.clients.bench._options import parser
+from xferd.clients.bench._pace import Pace
+from xferd.clients.bench._plot import as_lines, plot
 from xferd.clients.bench._probes import Probe, Sample, Series, Visit
 from xferd.clients.bench._rows import make_rows
-from xferd.clients.bench._schedule import Pace, measure
+from xferd.clients.bench._schedule import measure
+from xferd.clients.bench._tables import narrow, tables
 
-LOCAL = Case(Place.LOCAL, "WRITE", 64 << 10, 1024)
-TCP = Case(Place.TCP, "READ", 64 << 10, 1024)
+LOCAL = Case(Place.LOCAL, "WRITE", 64 << 10, 1024, control="grpc")
+TCP = Case(Place.TCP, "READ", 64 << 10, 1024, control="grpc")
 COPY = Case(Place.LIMIT, "memcpy", 64 << 10, 1024)
-SUBMIT = Case(Place.CONTROL, "submit", 4096, 1)
+SUBMIT = Case(Place.LOCAL, "WRITE", 4096, 1, control="grpc")
+FAIR = Case(Place.TCP, "READ", 4096, 1, control="ring", scenario="fairness")
+MANY = Case(Place.LOCAL, "WRITE", 4096, 8, scheme="many-to-one", clients=2, scenario="clients", control="ring")
 
 ENVIRONMENT = {
     "date": "2026-01-01",
@@ -28,74 +36,77 @@ ENVIRONMENT = {
     "python": "3.11",
     "packages": {"numpy": "2", "uvloop": None},
     "load": 0.1,
-    "systems": {"iperf3": {"version": "iperf 3"}},
+    "systems": {"iperf3": {"version": "iperf 3"}, "nixl": {"version": "1.5.1", "tcp": {"UCX_TLS": "tcp"}}},
 }
 
 
-def series(system: str, case: Case, *rounds: list[float], fault: str | None = "") -> Series:
+def series(system: str, case: Case, *rounds: list[float], fault: str | None = "", rates=(1e9,)) -> Series:
     return Series(
-        system, case, [Visit([Sample(s, case.nbytes or 10**9) for s in visit], 0.5, 0.25, fault) for visit in rounds]
+        system,
+        case,
+        [Visit([Sample(s, case.nbytes or 10**9) for s in visit], 0.5, 0.25, fault, rates) for visit in rounds],
     )
-
-
-def test_names_are_what_patterns_match():
-    assert TCP.name == "tcp/READ/64KiB x 1024"
-    assert set(choose(standard_cases(), ["tcp/*/64kib x *"])) == {TCP, Case(Place.TCP, "WRITE", 64 << 10, 1024)} | {
-        STREAM,
-        MEMCPY,
-    }
-
-
-def test_references_come_along_once_and_in_order():
-    chosen = choose(standard_cases(), ["local/write/64KiB", "submit"])
-    assert chosen == tuple(case for case in standard_cases() if case in {LOCAL, COPY, MEMCPY, SUBMIT, ECHO})
-
-
-def test_a_pattern_that_matches_nothing_is_an_error():
-    with pytest.raises(InvalidArgument, match="no case matches 'rdma'"):
-        choose(standard_cases(), ["tcp", "rdma"])
-
-
-def test_the_quick_set_is_part_of_the_standard_set():
-    assert set(standard_cases(quick=True)) < set(standard_cases())
-
-
-@pytest.mark.parametrize(
-    ("cases", "nbytes"),
-    [
-        ((), 4096),
-        ((Case(Place.LOCAL, "WRITE", 100, 3),), 4096),
-        ((Case(Place.LOCAL, "WRITE", 1 << 20, 2),), 8 << 20),
-        (standard_cases(), 256 << 20),
-        ((Case(Place.LOCAL, "WRITE", 1 << 20, 512),), 512 << 20),
-    ],
-)
-def test_a_region_has_room_for_scatter_within_bounds(cases, nbytes):
-    assert region_for(cases) == nbytes
 
 
 def test_figures_are_medians_and_percentiles_of_all_requests():
     [row] = make_rows([series("xferd", LOCAL, [0.010, 0.020], [0.030, 0.040, 0.050])])
     assert row.requests == 5
     assert row.p50_us == pytest.approx(30_000)
+    assert row.p50_us < row.p90_us < row.p99_us < row.p999_us <= 50_000
     assert row.gb_per_s == pytest.approx(LOCAL.nbytes / 0.030 / 1e9)
     assert row.gb_per_s_p10 < row.gb_per_s < row.gb_per_s_p90
     assert row.cpu_s_per_gb == pytest.approx(1.5 / (5 * LOCAL.nbytes / 1e9))
     assert row.server_cpu_ms == pytest.approx(200)
     assert row.verified is True
+    assert row.prepare_us is row.post_us is row.transfer_us is None
+
+
+def test_the_parts_of_a_request_are_medians_too():
+    one = series("xferd", LOCAL)
+    one.visits.append(Visit([Sample(6e-6 * n, 1, 1e-6 * n, 2e-6 * n, 3e-6 * n) for n in (1, 2, 9)], 0, 0, ""))
+    [row] = make_rows([one])
+    assert (row.prepare_us, row.post_us, row.transfer_us) == pytest.approx((2, 4, 6))
+
+
+def test_clients_at_once_are_added_up_and_the_slowest_is_seen():
+    one = series("xferd", MANY, [0.5], [0.5], [0.5], rates=(3e9, 1e9))
+    [row] = make_rows([one])
+    assert row.gb_per_s == pytest.approx(4.0)
+    assert row.slowest_share == pytest.approx(0.5)
+
+
+def test_speed_in_an_open_loop_is_what_was_moved():
+    [row] = make_rows([series("xferd", LOCAL, [0.001], rates=(2e9,))], is_open=True)
+    assert row.gb_per_s == pytest.approx(2.0)
 
 
 def test_ratios_are_taken_within_a_round():
     """A minute in which all is twice as slow leaves the ratio as it is."""
-    rows = make_rows([series("xferd", LOCAL, [0.02], [0.04], [0.02]), series("memcpy", COPY, [0.01], [0.02], [0.01])])
+    both = [series("xferd", LOCAL, [0.02], [0.04], [0.02]), series("memcpy", COPY, [0.01], [0.02], [0.01])]
+    rows = make_rows(both, {("xferd", LOCAL): {"memcpy": ("memcpy", COPY), "nixl": ("nixl", LOCAL)}})
     assert rows[0].ratios == {"memcpy": pytest.approx(0.5)}
     assert rows[1].ratios == {}
 
 
 def test_a_call_is_compared_by_time_and_has_no_speed():
-    rows = make_rows([series("xferd", SUBMIT, [0.002]), series("xferd", ECHO, [0.001], fault=None)])
+    rows = make_rows(
+        [series("xferd", SUBMIT, [0.002]), series("xferd", ECHO, [0.001], fault=None)],
+        {("xferd", SUBMIT): {"echo": ("xferd", ECHO)}},
+    )
     assert rows[0].ratios == {"echo": pytest.approx(2.0)}
-    assert rows[0].gb_per_s is rows[1].gb_per_s is rows[1].verified is None
+    assert rows[1].gb_per_s is rows[1].verified is None
+
+
+def test_a_loaded_case_is_compared_by_p99():
+    loaded = dataclasses.replace(FAIR, load=8)
+    times = [0.001] * 90 + [0.004] * 10
+    one, other = series("xferd", loaded, times), series("xferd", FAIR, [0.001] * 100)
+    one.visits[0].load_rate = 2e9
+    rows = make_rows([one, other], {("xferd", loaded): {"idle p99": ("xferd", FAIR)}})
+    assert rows[0].ratios == {"idle p99": pytest.approx(4.0)}
+    assert rows[0].load_gb_per_s == pytest.approx(2.0)
+    assert rows[0].cpu_s_per_gb is None, "the daemons were at work for the load"
+    assert any("4.00 x of its idle p99" in line for line in findings(rows))
 
 
 def test_one_wrong_visit_makes_the_case_wrong():
@@ -109,10 +120,60 @@ def test_one_wrong_visit_makes_the_case_wrong():
 def test_the_document_has_the_fields_that_were_agreed():
     told = document(make_rows([series("xferd", TCP, [0.01])]), ENVIRONMENT)
     again = json.loads(json.dumps(told))
-    wanted = "system op scheme src dst block_nbytes batch gb_per_s p50_us p99_us cpu_s_per_gb verified place prepared"
+    wanted = (
+        "system op scheme src dst block_nbytes batch threads clients prepared control place gb_per_s p50_us p90_us "
+        "p99_us p999_us prepare_us post_us transfer_us cpu_s_per_gb verified ratios"
+    )
     assert set(wanted.split()) <= set(again["rows"][0])
     assert (again["rows"][0]["op"], again["rows"][0]["place"]) == ("READ", "tcp")
     assert again["environment"]["cpu"] == "a cpu"
+
+
+def test_csv_has_a_line_for_each_row_and_a_column_for_each_ratio(tmp_path):
+    both = [series("xferd", LOCAL, [0.02]), series("memcpy", COPY, [0.01])]
+    rows = make_rows(both, {("xferd", LOCAL): {"memcpy": ("memcpy", COPY)}})
+    write_csv(rows, tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["system"] for line in lines] == ["xferd", "memcpy"]
+    assert float(lines[0]["x memcpy"]) == pytest.approx(0.5)
+    assert lines[1]["x memcpy"] == ""
+    assert float(lines[0]["p50_us"]) == pytest.approx(20_000)
+    with pytest.raises(InvalidArgument, match="cannot be written"):
+        write_csv(rows, tmp_path / "missing" / "rows.csv")
+
+
+def test_tables_have_no_empty_columns():
+    found = tables(make_rows([series("xferd", LOCAL, [0.02]), series("xferd", MANY, [0.02], rates=(1e9, 1e9))]))
+    head, cells = found["Bytes moved"]
+    assert "slowest client" in head
+    assert "prepare" not in head
+    assert "load GB/s" not in head
+    assert all(any(line[number] for line in cells) for number in range(len(head)))
+
+
+def test_a_table_that_is_too_wide_does_without_what_matters_least():
+    whole = tables(make_rows([series("xferd", LOCAL, [0.02, 0.03])]))["Bytes moved"]
+    assert narrow(whole, 400) == whole
+    head, cells = narrow(whole, 90)
+    assert {"system", "case", "GB/s", "p50", "bytes"} <= set(head)
+    assert "p99.9" not in head
+    assert [len(line) for line in cells] == [len(head)]
+    assert cells[0][head.index("GB/s")] == whole[1][0][whole[0].index("GB/s")]
+
+
+def swept(system: str, count: int) -> list[Series]:
+    return [series(system, dataclasses.replace(LOCAL, block_nbytes=4096 << n), [0.01]) for n in range(count)]
+
+
+def test_a_sweep_is_drawn_as_lines_and_few_sizes_as_bars(tmp_path):
+    rows = make_rows([*swept("xferd", 4), *swept("nixl", 4)])
+    lines = as_lines(rows)
+    assert [len(line) for line in lines.values()] == [4, 4]
+    assert as_lines(make_rows(swept("xferd", 2))) == {}
+    for name, shown in (("lines.svg", rows), ("bars.png", rows[:2])):
+        plot(shown, ENVIRONMENT, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
 
 
 class FakeProbe(Probe):
@@ -167,9 +228,24 @@ def test_the_section_between_the_markers_is_replaced_and_nothing_else(tmp_path):
     assert text.startswith(f"before\n{BEGIN}\nMeasured on 2026-01-01: 2 cores of a cpu")
     assert text.endswith(f"{END}\nafter\n")
     assert "| xferd | tcp | READ 64KiB x 1024 |" in text
+    assert 'nixl ran with {"version": "1.5.1", "tcp": {"UCX_TLS": "tcp"}}' in text
     assert "old" not in text
     rewrite(page, "again")
     assert page.read_text() == f"before\n{BEGIN}\nagain\n{END}\nafter\n"
+
+
+def test_settings_are_printed_for_peers_alone():
+    assert [line.split()[0] for line in peer_settings(ENVIRONMENT)] == ["nixl"]
+
+
+def test_the_section_shows_the_plot_that_lies_beside_it(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    rows = make_rows([series("xferd", TCP, [0.01])])
+    options = parser().parse_args(["--write-docs", str(page), "--plot", str(tmp_path / "run.svg")])
+    assert report(rows, ENVIRONMENT, options) == 0
+    assert "![GB/s of each case](run.svg)" in page.read_text()
+    assert (tmp_path / "run.svg").exists()
 
 
 @pytest.mark.parametrize("text", ["", f"{END} {BEGIN}", f"{BEGIN} {BEGIN} {END}", BEGIN])
@@ -181,27 +257,13 @@ def test_a_page_without_its_markers_is_left_alone(tmp_path, text):
     assert page.read_text() == text
 
 
-def test_the_command_lists_cases_without_running_any(capsys):
-    assert main(["--list", "--cases", "tcp/READ"]) == 0
-    listed = capsys.readouterr().out.splitlines()
-    assert "tcp/READ/256MiB x 1" in listed
-    assert "limit/stream" in listed
-    assert not any(line.startswith("local") for line in listed)
-
-
-@pytest.mark.parametrize("arguments", [["--cases", "nothing"], ["--plot", "figure.txt"]])
-def test_what_cannot_be_done_is_said_before_anything_is_measured(capsys, arguments):
-    assert main(arguments) == 1
-    assert capsys.readouterr().err.startswith("xferbench: ")
-
-
 @pytest.mark.parametrize("fault", ["", "stale bytes at word 0 of target block 7"])
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_wrong_bytes_decide_the_exit_status_and_are_named(capsys, fault, arguments):
     rows = make_rows([series("xferd", TCP, [0.01], fault=fault), series("xferd", SUBMIT, [0.001])])
     assert report(rows, ENVIRONMENT, parser().parse_args(arguments)) == bool(fault)
     said = capsys.readouterr()
-    assert said.err == (f"xferbench: xferd tcp/READ/64KiB x 1024: {fault}\n" if fault else "")
+    assert said.err == (f"xferbench: xferd {TCP.name}: {fault}\n" if fault else "")
     if arguments:
         assert [row["verified"] for row in json.loads(said.out)["rows"]] == [not fault, True]
     else:

@@ -46,6 +46,7 @@ REGION = t.RegionInfo(
     t.Access.READ_WRITE, True, "kv\x1b[2J", "host", 8192,
 )  # fmt: skip
 BACKEND = t.BackendInfo("posix", ("DRAM>FILE", "FILE>DRAM"), 1 << 20, 12, 0, 1, 2)
+ROUTE = t.RouteCost("tcp", "DRAM", "remote", "b", 65536, 1048575, 2e9, 1.4, 12, 3.0, 2, 1.5, "move_failed: reset")
 TELEMETRY = t.Telemetry(NOW - 4, NOW - 4, NOW - 3, NOW - 2, 0.001, 0.5, 1 << 30, 1 << 29, 2048, 1025, 128, 1, HOPS)
 FAILED = t.TransferStatus(
     t.TransferId("f00d"), "k", t.TransferOp.READ, t.TransferState.FAILED, t.Priority.HIGH, "c1", "a", "b", "prefill",
@@ -64,6 +65,7 @@ VIEWS: dict[str, tuple[object, RenderableType]] = {
     "peers": ({"peers": [PEER]}, _tables.peers([PEER], NOW)),
     "regions": ({"regions": [REGION]}, _tables.regions([REGION])),
     "backends": ({"backends": [BACKEND]}, _tables.backends([BACKEND])),
+    "routes": ({"routes": [ROUTE]}, _tables.routes([ROUTE])),
     "transfers": ({"transfers": [FAILED]}, _tables.transfers([FAILED], NOW)),
     "holds": ({"holds": [HOLD]}, _tables.holds([HOLD], NOW)),
     "explain": (EXPLANATION, _tables.explanation(EXPLANATION)),
@@ -79,8 +81,8 @@ def shown(view: RenderableType, *, width: int | None = None) -> str:
 
 def test_pools_are_aligned_under_their_heads() -> None:
     assert shown(_tables.pools([POOL]), width=120) == (
-        "POOL  KIND     SIZE      USED  USED%     FREE   LARGEST  FRAG     PEAK  REGIONS  FAILED\n"
-        "host  DRAM  256 MiB  64.0 MiB    25%  192 MiB  96.0 MiB  0.50  128 MiB        3       1\n"
+        "POOL  KIND     SIZE      USED  USED%     FREE   LARGEST  FRAG     PEAK  REGIONS  FAILED  HUGE\n"
+        "host  DRAM  256 MiB  64.0 MiB    25%  192 MiB  96.0 MiB  0.50  128 MiB        3       1   0 B\n"
     )
 
 
@@ -104,6 +106,14 @@ def test_sessions_without_a_process_show_none() -> None:
     assert socket.split()[:6] == ["s1", "prefill", "socket", "4711", "1000", "1m"]
     assert rest.split()[:5] == ["s2", "curl", "rest", "-", "-"]
     assert "in 30.0 s" in rest
+
+
+def test_a_route_says_how_fast_how_sure_and_what_failed() -> None:
+    failed = t.RouteCost("local", "DRAM", "DRAM", "", 0, 0, 0.0, 1.0, 0, 0.0, 1, 0.0, "x")
+    known, broken = shown(_tables.routes([ROUTE, failed]), width=160).splitlines()[1:]
+    assert known.split()[:8] == ["tcp", "DRAM>remote", "b", "64.0", "KiB", "1.00", "MiB", "2.00"]
+    assert known.endswith("failed 2 x, last for 1.5 s: move_failed: reset")
+    assert broken.split() == ["local", "DRAM>DRAM", "-", "-", "-", "-", "-", "0", "-", "failed", "1", "x:", "x"]
 
 
 def test_a_label_cannot_clear_the_screen() -> None:
@@ -135,6 +145,7 @@ def test_a_narrow_terminal_gets_no_longer_lines(name: str) -> None:
         ({"agents": [{"address": "x@a", "node": "a"}]}, _answers.AgentList((_answers.Agent("x@a", "a"),))),
         ({"peers": [PEER]}, _answers.PeerList((PEER,))),
         ({"backends": [BACKEND]}, _answers.BackendList((BACKEND,))),
+        ({"routes": [ROUTE]}, _answers.RouteList((ROUTE,))),
         ({"transfers": [FAILED]}, _answers.TransferList((FAILED,))),
         ({"holds": [HOLD]}, _answers.HoldList((HOLD,))),
         (t.RegionListing("a", 1 << 60, (REGION,)), t.RegionListing("a", 1 << 60, (REGION,))),

@@ -16,6 +16,7 @@ from xferd.daemon.config import ConfigSource, diff, keys, load_config, merge_liv
 from xferd.daemon.config_checks import is_loopback, split_address
 from xferd.daemon.config_toml import write_toml
 from xferd.daemon.config_tree import default_run_dir
+from xferd.plugins.object import StoreOptions
 from xferd.plugins.registry import load_backend
 
 ROOT = Path(__file__).parents[3]
@@ -158,6 +159,16 @@ def test_all_problems_at_once():
         (["metadata.etcd.namespace=xferd"], "must begin with /"),
         (['pools=[{name="a"}, {name="a"}]'], "2 pools have the name 'a'"),
         (["pools=[]"], "one pool at least"),
+        (['storage_pools=[{name="host", directories=[{path="/a"}], nbytes=4096}]'], "2 pools have the name 'host'"),
+        (['storage_pools=[{name="s", directories=[], nbytes=4096}]'], "name a directory at least"),
+        (['storage_pools=[{name="s", directories=[{path="a"}], nbytes=4096}]'], "is not absolute"),
+        (['storage_pools=[{name="s", directories=[{path="/a"}, {path="/a/"}], nbytes=8192}]'], "named 2 times"),
+        (['storage_pools=[{name="s", directories=[{path="/a"}, {path="/b"}], nbytes=4096}]'], "gets 2048 bytes"),
+        (['storage_pools=[{name="s", directories=[{path="/a"}], nbytes=4096, block_nbytes=5000}]'], "multiple of 4096"),
+        (
+            ['storage_pools=[{name="s", directories=[{path="/a"}], nbytes=4096, checksum="off", verify=true}]'],
+            "nothing to compare",
+        ),
         (["transfers.chunk=128MiB"], "transfers.staging"),
         (["limits.max_notification=32MiB"], "limits.max_inbox"),
         (["limits.max_notification=64MiB", "limits.max_inbox=64MiB"], "grpc.max_message"),
@@ -371,6 +382,8 @@ def test_the_shipped_file_has_every_key():
     for key in keys():
         if key.path.startswith("metadata.embedded.peers[]"):
             continue  # in the comment of peers, because a list of peers has no default entry
+        if key.path.startswith("storage_pools[]"):
+            continue  # likewise
         at = tree
         for part in key.path.replace("[]", ".0").split("."):
             at = at[int(part)] if part.isdigit() else at[part]
@@ -385,7 +398,9 @@ def _documented():
 def test_the_documentation_has_every_key_with_its_default():
     documented = _documented()
     expected = {key.path: key for key in keys()}
-    for name in ("local", "posix", "tcp", "faulty"):
+    for option in StoreOptions.model_fields:
+        assert f"backends.object.stores.NAME.{option}" in documented
+    for name in ("local", "posix", "tcp", "object", "faulty"):
         for option in load_backend(name).options.model_fields:
             assert f"backends.{name}.{option}" in documented
     assert set(expected) == {path for path in documented if not path.startswith("backends.")}
@@ -396,14 +411,16 @@ def test_the_documentation_has_every_key_with_its_default():
         assert meaning, path
         if path == "pools":
             assert default == "one pool"
+        elif path == "storage_pools":
+            assert default == "`[]`"
         elif key.field.default is PydanticUndefined:
             assert default == "required", path
         else:
             section, _, name = path.rpartition(".")
-            model = load()
+            model = load('storage_pools=[{name="ssd", directories=[{path="/ssd"}], nbytes=4096}]')
             for part in section.replace("[]", "").split("."):
                 model = getattr(model, part)
                 model = model[0] if isinstance(model, tuple) else model
             shown = tomllib.loads(f"v = {default.strip('`')}")["v"]
-            built = type(model).model_validate({name: shown})
+            built = type(model).model_validate(model.model_dump() | {name: shown})
             assert getattr(built, name) == type(model).model_fields[name].default, path

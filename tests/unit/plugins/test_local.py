@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from arenas import MappedArena, ProcessArena
@@ -63,3 +65,63 @@ async def test_private_address_that_is_not_mapped_fails(backend, process):
     hole = Extent(process.space, np.array([[4096, 64]], dtype=np.uint64))
     with pytest.raises(MoveFailed, match="EFAULT"):
         await backend.move(chunk(hole, memory.extent([(0, 64)])))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "is_now"),
+    [
+        ([(0, 64 << 10)], [(0, 64 << 10)], True),
+        ([(0, (64 << 10) + 1)], [(0, (64 << 10) + 1)], False),
+        ([(n * 64, 32) for n in range(32)], [(0, 1024)], True),
+        ([(n * 64, 32) for n in range(33)], [(0, 33 * 32)], False),
+        ([(0, 33 * 32)], [(n * 64, 32) for n in range(33)], False),
+    ],
+)
+def test_small_copies_between_mappings_are_made_at_once(left, right, is_now):
+    backend = LocalBackend(LocalOptions())
+    source, target = MappedArena(1 << 17), MappedArena(1 << 17)
+    assert (backend.move_now(source.extent(left), target.extent(right)) is not None) == is_now
+    assert backend.statistics().chunks == 0
+
+
+async def test_private_memory_is_never_copied_on_the_loop(backend, process):
+    mapped = MappedArena(4096).extent([(0, 8)])
+    private = process.extent([(0, 8)])
+    assert backend.move_now(mapped, private) is None
+    assert backend.move_now(private, mapped) is None
+
+
+def _scattered(count, block, seed):
+    return [(int(n) * block, block) for n in np.random.default_rng(seed).permutation(count * 2)[:count]]
+
+
+@pytest.mark.parametrize("movers", [1, 2, 3])
+@pytest.mark.parametrize("block", [1000, 4096, 1 << 20])
+async def test_a_chunk_is_shared_by_idle_movers_and_counted_once(movers, block):
+    backend = LocalBackend(LocalOptions(movers=movers))
+    count = (4 << 20) // block
+    left, right = _scattered(count, block, 1), _scattered(count, block, 2)
+    source, target = MappedArena(count * block * 2), MappedArena(count * block * 2)
+    data = np.random.default_rng(5).integers(1, 255, source.nbytes, dtype=np.uint8)
+    source.fill(data)
+    target.fill(np.zeros(target.nbytes, dtype=np.uint8))
+    work = chunk(source.extent(left), target.extent(right))
+    assert await backend.move(work) == work.nbytes
+    expected = np.zeros(target.nbytes, dtype=np.uint8)
+    for (at, size), (to, _) in zip(left, right, strict=True):
+        expected[to : to + size] = data[at : at + size]
+    np.testing.assert_array_equal(target.read(), expected)
+    counted = backend.statistics()
+    assert (counted.chunks, counted.moved_nbytes, counted.busy) == (1, work.nbytes, 0)
+    assert len([t for t in threading.enumerate() if t.name.startswith("xferd-local_")]) == movers
+    await backend.aclose()
+
+
+async def test_a_shared_chunk_that_fails_in_one_part_fails_once(backend, process):
+    nbytes = 2 << 20
+    memory = MappedArena(nbytes)
+    rows = np.array([[process.base, 4096]] + [[4096, 4096]] * (nbytes // 4096 - 1), dtype=np.uint64)
+    with pytest.raises(MoveFailed, match="EFAULT"):
+        await backend.move(chunk(Extent(process.space, rows), memory.extent([(0, nbytes)])))
+    counted = backend.statistics()
+    assert (counted.failures, counted.chunks, counted.busy) == (1, 0, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
 import threading
 
 import pytest
@@ -148,3 +150,57 @@ def test_counter_tells_moved_failed_and_cancelled_apart():
     with pytest.raises(asyncio.CancelledError), counter.moving(10):
         raise asyncio.CancelledError
     assert counter.snapshot(2) == BackendStatistics(10, 1, 1, 0, 2)
+
+
+async def test_batch_runs_side_by_side_and_gives_results_in_order():
+    pool = MoverPool("test", 2)
+    meet = threading.Barrier(2)
+
+    def call(number: int) -> int:
+        meet.wait(60)
+        return number
+
+    assert await pool.run_all([functools.partial(call, 1), functools.partial(call, 2)]) == [1, 2]
+    assert pool.idle == 2
+    await pool.aclose()
+
+
+async def test_batch_that_fails_waits_for_its_other_calls():
+    pool, gate = MoverPool("test", 2), Gate()
+
+    def fail() -> str:
+        raise ValueError("early")
+
+    batch = asyncio.create_task(pool.run_all([fail, gate]))
+    await gate.begun.wait()
+    assert pool.idle == 0
+    await asyncio.sleep(0)
+    assert not batch.done()
+    gate.may_end.set()
+    with pytest.raises(ValueError, match="early"):
+        await batch
+    assert gate.ended
+    await pool.aclose()
+
+
+async def test_cancelled_batch_drops_what_waits_and_waits_for_what_runs():
+    pool, first, second = MoverPool("test", 1), Gate(), Gate()
+    batch = asyncio.create_task(pool.run_all([first, second]))
+    await first.begun.wait()
+    batch.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not batch.done()
+    first.may_end.set()
+    await asyncio.wait((batch,))
+    assert batch.cancelled()
+    await pool.aclose()
+    assert not second.begun.is_set()
+
+
+async def test_threads_give_way_as_they_are_told():
+    pool = MoverPool("test", 1, nice=3)
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert await pool.run(os.getpriority, os.PRIO_PROCESS, 0) == mine + 3
+    assert os.getpriority(os.PRIO_PROCESS, 0) == mine
+    await pool.aclose()

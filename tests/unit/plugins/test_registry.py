@@ -70,7 +70,7 @@ def test_unknown_name_lists_the_known_ones(install):
     install("xferd_ours", ["ours = xferd_ours:Ours"])
     with pytest.raises(ConfigError, match="no backend is called 'lokal'") as caught:
         create_backends({"lokal": {}})
-    assert caught.value.limit == "one of local, posix, tcp, faulty, ours"
+    assert caught.value.limit == "one of local, posix, tcp, object, faulty, ours"
     assert "[backends.lokal]" in caught.value.remedy
 
 
@@ -86,7 +86,7 @@ def test_unknown_name_lists_the_known_ones(install):
 def test_wrong_options_name_section_and_key(section, message):
     with pytest.raises(ConfigError, match=message) as caught:
         create_backends({"local": section})
-    assert caught.value.remedy == "keys of [backends.local]: movers"
+    assert caught.value.remedy == "keys of [backends.local]: movers, nice"
 
 
 def test_wrong_text_is_not_repeated():

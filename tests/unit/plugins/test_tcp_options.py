@@ -20,7 +20,18 @@ def test_defaults_and_units() -> None:
     assert (options.connect_timeout, options.max_frame, options.sndbuf, options.lanes) == (0.25, 64 << 20, 1 << 20, 2)
 
 
-@pytest.mark.parametrize("wrong", [{"lanes": 0}, {"lane": 2}, {"ping_interval": "0s"}, {"max_descriptors": 1 << 20}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lanes": 0},
+        {"lane": 2},
+        {"ping_interval": "0s"},
+        {"max_descriptors": 1 << 20},
+        {"small": "2MiB"},
+        {"turn": "4KiB"},
+        {"max_peer_lanes": 0},
+    ],
+)
 def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         TcpOptions.model_validate(wrong)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xferd.api.descriptors import coalesce
 from xferd.api.errors import MoveFailed, PeerLost
 from xferd.plugins import vectored
 
@@ -133,3 +134,52 @@ def test_split_keeps_every_byte_in_order(sizes: list[int], data: st.DataObject) 
     assert head[:, 1].all()
     assert rest[:, 1].all()
     np.testing.assert_array_equal(iov, before)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=3000),
+    turn_nbytes=st.integers(1, 20_000),
+)
+def test_turns_are_the_table_in_bounded_parts(sizes: list[int], turn_nbytes: int) -> None:
+    memory = np.empty(1, dtype=np.uint8)
+    whole = table(memory, sizes, 3)
+    parts = list(vectored.turns(whole, turn_nbytes))
+    assert all(len(part) <= vectored.IOV_MAX and part.flags.c_contiguous for part in parts)
+    assert all(0 < vectored.total_nbytes(part) <= turn_nbytes for part in parts)
+    merged = np.concatenate(parts)
+    _, position, nbytes = coalesce(np.zeros(len(merged), np.uint64), merged[:, 0].copy(), merged[:, 1].copy())
+    np.testing.assert_array_equal(np.column_stack((position, nbytes)), whole)
+    assert len(parts) <= len(sizes) + sum(sizes) // turn_nbytes + 1
+
+
+def test_a_table_within_one_turn_is_not_copied() -> None:
+    whole = table(np.empty(1, dtype=np.uint8), [4096] * 1024, 0)
+    (only,) = vectored.turns(whole, 4 << 20)
+    assert only is whole
+
+
+@pytest.mark.parametrize("turn_nbytes", [1000, 70_000])
+def test_turns_carry_every_byte(tcp: tuple[socket.socket, socket.socket], turn_nbytes: int) -> None:
+    one, two = tcp
+    source = np.random.default_rng(2).integers(0, 256, 300_000, dtype=np.uint8)
+    target = np.zeros_like(source)
+    sent, wanted = table(source, [100_000, 1, 199_999], 0), table(target, [7] * 20_000 + [160_000], 0)
+    sender = run(lambda: vectored.send_all(one.fileno(), sent, turn_nbytes=turn_nbytes))
+    assert vectored.recv_all(two.fileno(), wanted, turn_nbytes=turn_nbytes) == 300_000
+    sender.join()
+    np.testing.assert_array_equal(target, source)
+
+
+def test_calls_that_do_not_wait_say_what_is_left(tcp: tuple[socket.socket, socket.socket]) -> None:
+    one, two = tcp
+    source, target = np.ones(16 << 20, dtype=np.uint8), np.zeros(16 << 20, dtype=np.uint8)
+    unsent, unread = table(source, [source.nbytes], 0), table(target, [1 << 20] * 16, 0)
+    assert vectored.recv_now(two.fileno(), unread) is unread  # nothing has come
+    while len(unsent) or len(unread):
+        if len(unsent):
+            unsent = vectored.send_now(one.fileno(), unsent)
+        unread = vectored.recv_now(two.fileno(), unread)
+    assert target.all()
+    one.close()
+    with pytest.raises(PeerLost):
+        vectored.recv_now(two.fileno(), table(target, [1], 0))

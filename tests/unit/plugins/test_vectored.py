@@ -111,32 +111,14 @@ def test_extent_cut_agrees_with_a_loop(is_indexed, sizes, data):
     assert part.iov[:, 1].all()
 
 
-@pytest.mark.parametrize("copy", [vectored.copy_local, vectored.copy_mapped])
 @given(cuts, cuts)
-def test_copies_any_shapes(copy, left, right):
+def test_copies_any_shapes(left, right):
     right = resized(right, sum(left))
     source, target = noise(NBYTES), np.zeros(NBYTES, dtype=np.uint8)
     mine, theirs = spans(left, 1), spans(right, 2)
-    assert copy(table(source.ctypes.data, mine), table(target.ctypes.data, theirs)) == sum(left)
+    assert vectored.copy_local(table(source.ctypes.data, mine), table(target.ctypes.data, theirs)) == sum(left)
     np.testing.assert_array_equal(gathered(target, theirs), gathered(source, mine))
     assert target.sum(dtype=int) == gathered(source, mine).sum(dtype=int)
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [
-        ([16 << 20], [16 << 20]),
-        ([16 << 20], [4 << 20, 12 << 20]),
-        ([4 << 20, 8 << 20, 4 << 20], [(16 << 20) - 1, 1]),  # four pieces, the last of one byte
-        ([8 << 20] * 2, [8 << 20] * 2),
-    ],
-)
-def test_few_large_pieces_are_copied_exactly(left, right):
-    assert sum(left) >= (len(left) + len(right) - 1) * vectored.MEMMOVE_MIN_NBYTES, "not the way that is tested here"
-    source, target = noise(17 << 20), np.zeros(17 << 20, dtype=np.uint8)
-    mine, theirs = spans(left, 4096), spans(right, 77)
-    assert vectored.copy_mapped(table(source.ctypes.data, mine), table(target.ctypes.data, theirs)) == 16 << 20
-    np.testing.assert_array_equal(gathered(target, theirs), gathered(source, mine))
 
 
 def test_more_rows_than_one_call_takes():

@@ -15,6 +15,7 @@ from xferd.daemon.engine.desk import TransferDesk
 from xferd.daemon.engine.machine import Ended, TransferMachine
 from xferd.daemon.engine.runner import Runner
 from xferd.daemon.engine.scheduler import Scheduler
+from xferd.daemon.engine.sealing import NoSealer
 
 CALLER = Caller(SessionId("s"), "a")
 
@@ -26,7 +27,16 @@ async def test_each_end_is_told_once(by_name: bool) -> None:
 
     async def deliver(_: object) -> None: ...
 
-    runner = Runner(machine, {}, CostModel(), nothing, deliver=deliver, on_ended=lambda _: None, clock=lambda: 1.0)
+    runner = Runner(
+        machine,
+        {},
+        CostModel(),
+        nothing,
+        sealer=NoSealer(),
+        deliver=deliver,
+        on_ended=lambda _: None,
+        clock=lambda: 1.0,
+    )
     desk = TransferDesk(
         "n",
         machine,

@@ -16,7 +16,15 @@ from xferd.api.errors import (
     ShortTransfer,
 )
 from xferd.api.types import ENDED, Hop, Notification, Priority, SessionId, TransferId, TransferOp, TransferState
-from xferd.daemon.engine.machine import AbortChunks, Ended, SendNotification, StartChunk, Transfer, TransferMachine
+from xferd.daemon.engine.machine import (
+    AbortChunks,
+    Ended,
+    SendNotification,
+    Settle,
+    StartChunk,
+    Transfer,
+    TransferMachine,
+)
 from xferd.daemon.engine.plan import ChunkRef, Leg, Plan, Route
 from xferd.daemon.engine.scheduler import Scheduler
 from xferd.plugins.base import Extent, MappedSpace
@@ -198,6 +206,57 @@ def test_a_transfer_waiting_for_a_slot_starts_when_another_fails(machine) -> Non
     machine.chunk_done(two, ChunkRef(0, 0), 10, 3.0)
 
 
+def test_what_surrounds_the_chunks_is_committed_before_the_notification_and_the_end(machine) -> None:
+    t = transfer(plan((1, (route("r"),))), notification=Notification("b@n", b"\0"))
+    t.is_enclosed = True
+    machine.add(t)
+    machine.post(t, 1.0)
+    assert machine.chunk_done(t, ChunkRef(0, 0), 10, 2.0) == [Settle(t, commit=True)]
+    assert t.state is TransferState.RUNNING
+    [send] = machine.settled(t, committed=True, error=None, now=3.0)
+    assert isinstance(send, SendNotification)
+    assert ended(machine.notified(t, None, 4.0))
+
+
+def test_a_commit_that_fails_fails_the_transfer(machine) -> None:
+    t = transfer(plan((1, (route("r"),))))
+    t.is_enclosed = True
+    machine.add(t)
+    machine.post(t, 1.0)
+    machine.chunk_done(t, ChunkRef(0, 0), 10, 2.0)
+    assert ended(machine.settled(t, committed=True, error=MoveFailed("no room"), now=3.0))
+    assert t.state is TransferState.FAILED
+
+
+def test_a_cancel_during_the_commit_comes_too_late(machine) -> None:
+    t = transfer(plan((1, (route("r"),))))
+    t.is_enclosed = True
+    machine.add(t)
+    machine.post(t, 1.0)
+    machine.chunk_done(t, ChunkRef(0, 0), 10, 2.0)
+    assert machine.cancel(t, 2.5) == []
+    assert t.is_active
+    assert ended(machine.settled(t, committed=True, error=None, now=3.0))
+    assert t.state is TransferState.DONE
+
+
+def test_a_failed_transfer_is_dropped_before_its_end_and_can_be_posted_again(machine) -> None:
+    t = transfer(plan((2, (route("r", restartable=False),))))
+    t.is_enclosed = True
+    machine.add(t)
+    machine.post(t, 1.0)
+    [abort] = machine.chunk_failed(t, ChunkRef(0, 0), MoveFailed("broken"), 2.0)
+    assert isinstance(abort, AbortChunks)
+    assert machine.chunk_failed(t, ChunkRef(0, 1), Cancelled("stopped"), 2.0) == [Settle(t, commit=False)]
+    assert ended(machine.settled(t, committed=False, error=None, now=3.0))
+    assert t.state is TransferState.FAILED
+    assert len(started(machine.post(t, 4.0))) == 2
+    machine.chunk_done(t, ChunkRef(0, 0), 10, 5.0)
+    assert machine.chunk_done(t, ChunkRef(0, 1), 10, 5.0) == [Settle(t, commit=True)]
+    machine.settled(t, committed=True, error=None, now=6.0)
+    assert t.state is TransferState.DONE
+
+
 @given(st.data())
 def test_any_order_of_events_ends_every_transfer_once_with_nothing_in_flight(data: st.DataObject) -> None:
     machine = TransferMachine(Scheduler())
@@ -212,6 +271,8 @@ def test_any_order_of_events_ends_every_transfer_once_with_nothing_in_flight(dat
     ]
     flying: list[tuple[Transfer, ChunkRef]] = []
     notifying: list[Transfer] = []
+    settling: list[Settle] = []
+    committed: dict[TransferId, list[bool]] = {t.id: [] for t in live}
     ends = dict.fromkeys((t.id for t in live), 0)
 
     def perform(instructions) -> None:
@@ -221,16 +282,20 @@ def test_any_order_of_events_ends_every_transfer_once_with_nothing_in_flight(dat
                     flying.append((i.transfer, i.chunk))
                 case SendNotification():
                     notifying.append(i.transfer)
+                case Settle():
+                    assert not any(t is i.transfer for t, _ in flying)
+                    settling.append(i)
                 case Ended():
                     ends[i.transfer.id] += 1
 
     for t in live:
+        t.is_enclosed = data.draw(st.booleans())
         machine.add(t)
         perform(machine.post(t, 0.0))
     for now in range(200):
         machine.check_invariants()
         choices = ["done"] * bool(flying) + ["fail"] * bool(flying) + ["cancel", "deadline"]
-        choices += ["notified"] * bool(notifying)
+        choices += ["notified"] * bool(notifying) + ["settled", "unsettled"] * bool(settling)
         if all(t.state in ENDED for t in live):
             break
         match data.draw(st.sampled_from(choices)):
@@ -242,6 +307,11 @@ def test_any_order_of_events_ends_every_transfer_once_with_nothing_in_flight(dat
                 perform(machine.chunk_failed(t, chunk, MoveFailed("broken"), float(now)))
             case "notified":
                 perform(machine.notified(notifying.pop(), None, float(now)))
+            case "settled" | "unsettled" as how:
+                settle = settling.pop()
+                error = MoveFailed("the store") if how == "unsettled" else None
+                committed[settle.transfer.id].append(settle.commit and error is None)
+                perform(machine.settled(settle.transfer, committed=settle.commit, error=error, now=float(now)))
             case "cancel":
                 perform(machine.cancel(data.draw(st.sampled_from(live)), float(now)))
             case "deadline":
@@ -249,4 +319,11 @@ def test_any_order_of_events_ends_every_transfer_once_with_nothing_in_flight(dat
                 perform(machine.deadline(t, t.posts, float(now)))
     machine.check_invariants()
     assert not flying
+    for t in live:
+        assert len(committed[t.id]) == t.is_enclosed
+        # What was committed is told as DONE, unless its notification could not be delivered; nothing else is.
+        if t.is_enclosed and t.state is TransferState.DONE:
+            assert committed[t.id] == [True]
+        if committed[t.id] == [True] and t.notification is None:
+            assert t.state is TransferState.DONE
     assert all(count == 1 for count in ends.values()), ends

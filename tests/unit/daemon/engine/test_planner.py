@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xferd.api.errors import NoRoute
+from xferd.api.errors import InvalidArgument, MoveFailed, NoRoute
 from xferd.daemon.engine.costs import CostModel
 from xferd.daemon.engine.lists import CheckedList
 from xferd.daemon.engine.planner import Planner
@@ -19,9 +22,13 @@ from xferd.plugins.base import (
     MappedSpace,
     ProcessSpace,
     RemoteSpace,
+    SlotClass,
     Space,
     SpaceKind,
 )
+
+if TYPE_CHECKING:
+    from xferd.daemon.engine.plan import Route
 
 M, P, F, R = SpaceKind.MAPPED, SpaceKind.PROCESS, SpaceKind.FILE, SpaceKind.REMOTE
 
@@ -55,6 +62,19 @@ class Mover(Backend):
 LOCAL = Mover({(M, M), (M, P), (P, M)})
 POSIX = Mover({(M, F), (F, M)})
 TCP = Mover({(M, R), (R, M)})
+
+
+class Clock:
+    now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def took(costs: CostModel, clock: Clock, route: Route, seconds: float) -> None:
+    metered = costs.begin(route, 1 << 20, 1 << 20)
+    clock.now += seconds
+    costs.end(metered, 1 << 20)
 
 
 def planner(costs: CostModel | None = None, **backends: Backend) -> Planner:
@@ -101,17 +121,37 @@ def test_what_no_backend_reaches_goes_through_staging() -> None:
     ).legs[0].routes[0].backends == ("local", "local")
 
 
+def test_classes_of_a_backend_have_slots_of_their_own_for_each_peer() -> None:
+    class Sorting(Mover):
+        def slot_class(self, source: Space, target: Space, nbytes: int, pieces: int) -> SlotClass:
+            return SlotClass("small", 1) if nbytes <= 4096 and pieces <= 2 else SlotClass("", 3)
+
+    made = planner(tcp=Sorting({(M, R), (R, M)}))
+
+    def route(node: str, *rows: tuple[int, int]) -> Route:
+        there = checked(*rows, spaces=(RemoteSpace(node, 1),), node=node)
+        return made.plan(checked((4096, there.total_nbytes)), there).legs[0].routes[0]
+
+    small, bulk, scattered = route("b", (0, 4096)), route("b", (0, 4097)), route("b", (0, 8), (100, 8))
+    assert (small.slot_key, small.slots) == (("tcp", "b/small"), 1)
+    assert (bulk.slot_key, bulk.slots) == (("tcp", "b"), 3)
+    assert (scattered.slot_key, scattered.slots) == (("tcp", "b"), 3)
+    assert route("c", (0, 4096)).slot_key == ("tcp", "c/small")
+
+
 def test_a_direct_route_is_never_staged_and_the_cheaper_one_is_first() -> None:
-    costs = CostModel()
+    clock = Clock()
+    costs = CostModel(clock=clock)
     made = planner(costs, slow=Mover({(M, M)}, 2.0), quick=Mover({(M, M)}, 1.0))
     lists = checked((4096, 1 << 20)), checked((1 << 22, 1 << 20))
     assert [route.name for route in made.plan(*lists).legs[0].routes] == ["quick", "slow"]
     # What was measured beats what was assumed.
-    costs.observe("quick", MappedSpace(), MappedSpace(), 1 << 20, 3.0)
+    took(costs, clock, made.plan(*lists).legs[0].routes[0], 3.0)
     plan = made.plan(*lists)
     assert [route.name for route in plan.legs[0].routes] == ["slow", "quick"]
-    assert made.estimate(plan).duration_s == pytest.approx(2.0)
-    assert [route.name for route in made.plan(*lists, pin="quick").legs[0].routes] == ["quick"]
+    assert (made.estimate(plan).duration_s, made.estimate(plan).basis) == (pytest.approx(2.0), "assumed")
+    took(costs, clock, plan.legs[0].routes[0], 2.5)
+    assert made.estimate(made.plan(*lists)).basis == "measured"
 
 
 def test_no_route_says_why_for_each_backend() -> None:
@@ -120,8 +160,91 @@ def test_no_route_says_why_for_each_backend() -> None:
             checked((0, 1), spaces=(FileSpace(3, "/f"),)), checked((0, 1), spaces=(RemoteSpace("b", 1),), node="b")
         )
     assert "tcp" in str(caught.value)
-    with pytest.raises(NoRoute, match="nonesuch"):
-        planner(local=LOCAL).plan(checked((4096, 1)), checked((8192, 1)), pin="nonesuch")
+
+
+def test_a_pin_takes_one_route_that_has_it_or_says_why_not() -> None:
+    made = planner(slow=Mover({(M, M)}, 2.0), quick=Mover({(M, M)}, 1.0), tcp=TCP)
+    lists = checked((4096, 1 << 20)), checked((1 << 22, 1 << 20))
+    plan = made.plan(*lists, pin="slow")
+    assert [(route.name, route.pin) for route in plan.legs[0].routes] == [("slow", "slow")]
+    assert plan.considered[0].startswith("slow: chosen, pinned: 2e+03 ms assumed")
+    assert plan.considered[1] == "quick: not the pinned backend 'slow'"
+    two_ways = planner(posix=POSIX, local=LOCAL, other=LOCAL)
+    a_file, process = checked((0, 64), spaces=(FileSpace(3, "/f"),)), checked((4096, 64), spaces=(ProcessSpace(1, 2),))
+    assert len(two_ways.plan(a_file, process).legs[0].routes) == 2
+    plan = two_ways.plan(a_file, process, pin="posix")
+    assert [route.name for route in plan.legs[0].routes] == ["posix+local"]
+    assert "posix+other: not tried: the pin takes one route" in plan.considered
+    with pytest.raises(InvalidArgument, match="no backend 'nonesuch'") as unknown:
+        made.plan(*lists, pin="nonesuch")
+    assert unknown.value.limit == "backends: slow, quick, tcp"
+    with pytest.raises(NoRoute, match="by backend 'tcp'") as unable:
+        made.plan(*lists, pin="tcp")
+    assert "tcp: cannot move mapped to mapped" in str(unable.value)
+
+
+def test_a_detour_is_offered_beside_a_direct_way_unless_they_share_a_backend_or_an_end_is_mapped() -> None:
+    """As with a file that a device could read itself: the host's way is slower, and there when the other fails."""
+    direct = Mover({(F, P)}, 1.0)
+    lists = checked((0, 4096), spaces=(FileSpace(3, "/f"),)), checked((4096, 4096), spaces=(ProcessSpace(1, 2),))
+    plan = planner(direct=direct, posix=POSIX, local=LOCAL).plan(*lists)
+    assert [route.name for route in plan.legs[0].routes] == ["direct", "posix+local"]
+    both = Mover({(F, P), (F, M)}, 1.0)
+    plan = planner(both=both, local=LOCAL).plan(*lists)
+    assert [route.name for route in plan.legs[0].routes] == ["both"]
+    plan = planner(posix=POSIX, local=LOCAL).plan(checked((0, 64), spaces=(FileSpace(3, "/f"),)), checked((4096, 64)))
+    assert [route.name for route in plan.legs[0].routes] == ["posix"]
+
+
+def test_a_route_that_failed_is_last_in_the_next_plan_and_in_the_next_post_of_an_old_one() -> None:
+    clock = Clock()
+    costs = CostModel(clock=clock)
+    made = planner(costs, slow=Mover({(M, M)}, 2.0), quick=Mover({(M, M)}, 1.0))
+    lists = checked((4096, 1 << 20)), checked((1 << 22, 1 << 20))
+    old = made.plan(*lists)
+    assert made.reordered(old) is old
+    costs.end(costs.begin(old.legs[0].routes[0], 1 << 20, 1 << 20), MoveFailed("broken"))
+    assert [route.name for route in made.plan(*lists).legs[0].routes] == ["slow", "quick"]
+    assert [route.name for route in made.reordered(old).legs[0].routes] == ["slow", "quick"]
+    first, second = made.plan(*lists).considered
+    assert first == "slow: chosen, quickest: 2e+03 ms assumed"
+    assert second.startswith("quick: next if that fails: 1e+03 ms assumed; failed 1 x, last: move_failed: broken;")
+    assert second.endswith("tried last for 1.0 s more")
+    clock.now += 1.0
+    assert [route.name for route in made.plan(*lists).legs[0].routes] == ["quick", "slow"]
+    assert made.reordered(old) is old
+
+
+def test_a_trial_is_made_only_where_bytes_will_move_and_keeps_the_others_to_fall_back_on() -> None:
+    clock = Clock()
+    costs = CostModel(clock=clock, chance=random.Random(0))
+    made = planner(costs, used=Mover({(M, M)}, 1.0), unknown=Mover({(M, M)}, 1.5))
+    lists = checked((4096, 1 << 20)), checked((1 << 22, 1 << 20))
+    took(costs, clock, made.plan(*lists).legs[0].routes[0], 1.0)
+    looks = [made.plan(*lists).legs[0].routes[0].name for _ in range(200)]
+    assert set(looks) == {"used"}
+    tries = [made.plan(*lists, explore=True) for _ in range(200)]
+    trials = [plan for plan in tries if plan.legs[0].routes[0].name == "unknown"]
+    assert len(trials) == 1, "one in an interval"
+    assert [route.name for route in trials[0].legs[0].routes] == ["unknown", "used"]
+    assert "not measured for long" in trials[0].considered[0]
+
+
+class Broken(Mover):
+    """A backend with a bug in what the planner asks of it."""
+
+    def refusal(self, source: Space, target: Space) -> str:
+        raise ZeroDivisionError("by zero")
+
+
+def test_a_backend_that_cannot_even_be_asked_is_passed_over() -> None:
+    made = planner(broken=Broken({(M, M)}), local=LOCAL, posix=POSIX)
+    plan = made.plan(checked((4096, 64)), checked((1 << 22, 64)))
+    assert [route.name for route in plan.legs[0].routes] == ["local"]
+    assert "broken: cannot be asked: ZeroDivisionError: by zero" in plan.considered
+    a_file = checked((0, 64), spaces=(FileSpace(3, "/f"),))
+    process = checked((4096, 64), spaces=(ProcessSpace(1, 2),))
+    assert [route.name for route in made.plan(a_file, process).legs[0].routes] == ["posix+local"]
 
 
 @given(st.data())

@@ -1,0 +1,112 @@
+"""What surrounds the chunks of one post: proof tickets and legs, opened before the first byte and ended after the last.
+
+Most transfers have none of it. Legs are opened where a backend is transactional (an object appears as a whole or not at
+all); tickets are for storage pools, whose bytes are proven before DONE is told. The machine says when to settle and
+whether to commit; the runner does it by this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from xferd.plugins.base import LegScope
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from typing import TypeAlias
+
+    from xferd.daemon.engine.machine import Transfer
+    from xferd.daemon.engine.plan import Leg, Plan, Route
+    from xferd.daemon.engine.sealing import Sealer, WriteTicket
+    from xferd.plugins.base import Backend, Chunk, Extent, OpenLeg
+
+    Move: TypeAlias = Callable[[Chunk], Awaitable[int]]
+
+
+def is_needed(plan: Plan, backends: Mapping[str, Backend], sealer: Sealer) -> bool:
+    """Whether posts of a plan have anything to open and to settle."""
+    return sealer.concerns([*_sources(plan), *_targets(plan)]) or any(
+        backends[name].is_transactional for leg in plan.legs for route in leg.routes for name in route.backends
+    )
+
+
+class Passage:
+    """Of one post of one transfer. Ended once, by ``commit`` or by ``abandon``; used on the event loop."""
+
+    def __init__(self, transfer: Transfer, backends: Mapping[str, Backend], sealer: Sealer) -> None:
+        assert transfer.plan is not None
+        self._plan = transfer.plan
+        self._ids = transfer.wire_id, transfer.cause_id, transfer.agent
+        self._verify = transfer.verify
+        self._backends = backends
+        self._sealer = sealer
+        self._lock = asyncio.Lock()  # hands out moves in the order of the chunks that ask
+        self._ticket: WriteTicket | None = None
+        self._open: dict[tuple[int, str], OpenLeg] = {}
+
+    async def moves(self, number: int, route: Route) -> list[Move]:
+        """Return what moves a chunk of a leg over each hop of a route, after opening what is not open yet. Cancel-safe.
+
+        Raises:
+            XferdError: what a backend or a pool said; what was opened stays open until the end.
+        """
+        async with self._lock:
+            if self._ticket is None:
+                self._ticket = await self._sealer.begin(_targets(self._plan))
+            return [await self._move(number, self._plan.legs[number], route, hop) for hop in range(len(route.hops))]
+
+    async def commit(self) -> None:
+        """Make visible and prove what was moved; all chunks have moved.
+
+        Raises:
+            XferdError: what the first that failed said; the others are aborted.
+        """
+        legs, self._open = list(self._open.values()), {}
+        ticket, self._ticket = self._ticket, None
+        try:
+            while legs:
+                await legs.pop(0).commit()
+            if ticket is not None:
+                proven, ticket = ticket, None  # sealing ends it, whatever comes of it
+                await self._sealer.seal(proven)
+            await self._sealer.verify(_sources(self._plan), is_asked=self._verify)
+        finally:
+            await self._drop(legs, ticket)
+
+    async def abandon(self) -> None:
+        """Drop what was moved; no chunk is under way."""
+        legs, self._open = list(self._open.values()), {}
+        ticket, self._ticket = self._ticket, None
+        await self._drop(legs, ticket)
+
+    async def _drop(self, legs: Iterable[OpenLeg], ticket: WriteTicket | None) -> None:
+        for leg in legs:
+            await leg.abort()
+        if ticket is not None:
+            self._sealer.abandon(ticket)
+
+    async def _move(self, number: int, leg: Leg, route: Route, hop: int) -> Move:
+        name = route.backends[hop]
+        backend = self._backends[name]
+        if not backend.is_transactional:
+            return backend.move
+        key = number, f"{hop} {name}"
+        if key not in self._open:
+            self._open[key] = await backend.open_leg(
+                LegScope(
+                    leg.source if hop == 0 else None,
+                    leg.target if hop == len(route.hops) - 1 else None,
+                    leg.cuts[-1],
+                    *self._ids,
+                )
+            )
+        return self._open[key].move
+
+
+def _sources(plan: Plan) -> list[Extent]:
+    return [leg.source for leg in plan.legs]
+
+
+def _targets(plan: Plan) -> list[Extent]:
+    return [leg.target for leg in plan.legs]

@@ -1,0 +1,1 @@
+"""Rings in shared memory: the hot path of prepared transfers, beside gRPC."""

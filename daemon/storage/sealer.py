@@ -1,0 +1,188 @@
+"""The engine's ``Sealer`` over all storage pools: finds the pool of a span by its slab, and hands it on."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from xferd.api.errors import XferdError
+from xferd.daemon.storage.passing import passed
+from xferd.plugins.base import FileSpace, MappedSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from xferd.daemon.engine.sealing import ReadTicket, WriteTicket
+    from xferd.daemon.storage.catalogue import Extent as StoredExtent
+    from xferd.daemon.storage.pool import StoragePool
+    from xferd.daemon.storage.sealing import Sealing, Writing
+    from xferd.daemon.storage.touching import BlockSpan, ExtentIndex
+    from xferd.plugins.base import Extent, IovTable
+
+
+_T = TypeVar("_T")
+
+
+class _SlabPlace(NamedTuple):
+    pool: StoragePool
+    sealing: Sealing
+    extents: ExtentIndex
+
+
+@dataclass(frozen=True, slots=True)
+class StorageTicket:
+    """Blocks that are being written, by volume."""
+
+    writing: tuple[tuple[Sealing, Writing], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StorageReading:
+    """Blocks that are being read, by volume, with how often each had been opened before; and what was compared."""
+
+    reading: tuple[tuple[Sealing, tuple[BlockSpan, ...]], ...]
+    opens: dict[StoredExtent, NDArray[np.uint32]]
+    done: set[tuple[StoredExtent, int]]
+    is_asked: bool
+
+
+class StorageSealer:
+    """Implements ``daemon.engine.sealing.Sealer``. ``add`` each pool once it is open."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, _SlabPlace] = {}
+
+    def add(self, pool: StoragePool) -> None:
+        """Take a pool in; its slabs stay open for as long as the daemon runs."""
+        for volume, sealing in zip(pool.volumes, pool.sealings, strict=True):
+            for slab, index in zip(volume.directory.slabs, volume.indexes, strict=True):
+                self._places[slab.fd] = _SlabPlace(pool, sealing, index)
+
+    def concerns(self, extents: Sequence[Extent]) -> bool:
+        """Whether any extent lies in a storage pool."""
+        return any(isinstance(extent.space, FileSpace) and extent.space.fd in self._places for extent in extents)
+
+    async def begin(self, extents: Sequence[Extent]) -> StorageTicket:
+        """See ``Sealer.begin``."""
+        writing = [
+            (sealing, tuple(span for span in spans if span.extent.is_persistent or pool.has_checksums))
+            for (pool, sealing), spans in self._touched(extents).items()
+        ]
+        begun: list[tuple[Sealing, Writing]] = []
+        try:
+            for sealing, spans in writing:
+                begun.append((sealing, await sealing.begin(spans)))
+        except BaseException:
+            self.abandon(StorageTicket(tuple(begun)))
+            raise
+        return StorageTicket(tuple(begun))
+
+    async def seal(self, ticket: WriteTicket) -> None:
+        """See ``Sealer.seal``."""
+        assert isinstance(ticket, StorageTicket)
+        self.abandon(ticket)  # for all volumes at once, so that a cancelled call leaves no writer behind
+        await _each([(sealing.prove, writing) for sealing, writing in ticket.writing if writing.spans])
+
+    def abandon(self, ticket: WriteTicket) -> None:
+        """See ``Sealer.abandon``."""
+        assert isinstance(ticket, StorageTicket)
+        for sealing, writing in ticket.writing:
+            sealing.abandon(writing)
+
+    async def passed(self, ticket: WriteTicket, source: Extent, target: Extent) -> None:
+        """See ``Sealer.passed``."""
+        assert isinstance(ticket, StorageTicket)
+        place = self._place(target)
+        if place is None or not isinstance(source.space, MappedSpace):
+            return
+        for sealing, writing in ticket.writing:
+            if sealing is place.sealing:
+                await sealing.passed(
+                    writing, passed(place.extents.touched(target.iov), target.iov, source.iov), source.iov
+                )
+
+    def reading(self, extents: Sequence[Extent], *, is_asked: bool) -> StorageReading | None:
+        """See ``Sealer.reading``."""
+        found = self._compared(extents, is_asked=is_asked)
+        if not found:
+            return None
+        touched = {span.extent for _, spans in found for span in spans}
+        return StorageReading(tuple(found), {each: each.opens.copy() for each in touched}, set(), is_asked)
+
+    async def arrived(self, ticket: ReadTicket, source: Extent, target: Extent) -> None:
+        """See ``Sealer.arrived``."""
+        assert isinstance(ticket, StorageReading)
+        place = self._place(source)
+        if place is None or not isinstance(target.space, MappedSpace):
+            return
+        if any(sealing is place.sealing for sealing, _ in ticket.reading):
+            chunk = passed(place.extents.touched(source.iov), source.iov, target.iov)
+            ticket.done.update(await place.sealing.arrived(chunk, ticket.opens, target.iov))
+
+    async def finish(self, ticket: ReadTicket) -> None:
+        """See ``Sealer.finish``."""
+        assert isinstance(ticket, StorageReading)
+        await self._verify(ticket.reading, ticket.is_asked, ticket.done)
+
+    async def verify(self, extents: Sequence[Extent], *, is_asked: bool) -> None:
+        """See ``Sealer.verify``."""
+        await self._verify(self._compared(extents, is_asked=is_asked), is_asked, ())
+
+    async def _verify(
+        self,
+        reading: Iterable[tuple[Sealing, tuple[BlockSpan, ...]]],
+        is_asked: bool,
+        done: Container[tuple[StoredExtent, int]],
+    ) -> None:
+        await _each([(functools.partial(each.verify, is_asked=is_asked, done=done), spans) for each, spans in reading])
+
+    def _compared(self, extents: Sequence[Extent], *, is_asked: bool) -> list[tuple[Sealing, tuple[BlockSpan, ...]]]:
+        """Return the blocks that extents touch where reads of them are compared."""
+        return [
+            (sealing, tuple(spans))
+            for (pool, sealing), spans in self._touched(extents).items()
+            if spans and pool.has_checksums and (is_asked or pool.verifies)
+        ]
+
+    def _place(self, extent: Extent) -> _SlabPlace | None:
+        return self._places.get(extent.space.fd) if isinstance(extent.space, FileSpace) else None
+
+    def _touched(self, extents: Sequence[Extent]) -> dict[tuple[StoragePool, Sealing], list[BlockSpan]]:
+        """Return the blocks that extents touch, each once, by volume."""
+        tables: dict[int, list[IovTable]] = {}
+        for extent in extents:
+            if isinstance(extent.space, FileSpace) and extent.space.fd in self._places:
+                tables.setdefault(extent.space.fd, []).append(extent.iov)
+        touched: dict[tuple[StoragePool, Sealing], list[BlockSpan]] = {}
+        for fd, iovs in tables.items():
+            place = self._places[fd]
+            found = place.extents.touched(iovs[0] if len(iovs) == 1 else np.concatenate(iovs))
+            touched.setdefault((place.pool, place.sealing), []).extend(found)
+        return touched
+
+
+async def _each(calls: Sequence[tuple[Callable[[_T], Coroutine[None, None, None]], _T]]) -> None:
+    """Do it for all volumes at a time; where one fails the others come to their end, and its error is raised."""
+    if len(calls) == 1:
+        [(call, argument)] = calls
+        await call(argument)
+        return
+    errors: list[XferdError] = []
+
+    async def attempt(call: Callable[[_T], Coroutine[None, None, None]], argument: _T) -> None:
+        try:
+            await call(argument)
+        except XferdError as error:
+            errors.append(error)
+
+    async with asyncio.TaskGroup() as group:
+        for call, argument in calls:
+            group.create_task(attempt(call, argument), name="storage proof")
+    if errors:
+        raise errors[0]

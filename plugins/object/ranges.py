@@ -1,0 +1,155 @@
+"""From rows to gets: which ranges of an object to ask for, and where the bytes of each go. Pure; all column work."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xferd.api.descriptors import coalesce, pair
+from xferd.api.errors import InvalidArgument
+from xferd.plugins.base import Extent, MappedSpace, ObjectSpace
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from xferd.plugins.base import IovTable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Get:
+    """One range [start, stop) of an object, and the spans of it that are wanted.
+
+    Attributes:
+        offset: where each span begins, counted from ``start``.
+        place: address in the target, one for each span.
+        nbytes: of each span.
+        is_whole: the spans are all of the range, in order.
+    """
+
+    start: int
+    stop: int
+    offset: NDArray[np.uint64]
+    place: NDArray[np.uint64]
+    nbytes: NDArray[np.uint64]
+    is_whole: bool = False
+
+    def tables(self, address: int) -> tuple[IovTable, IovTable]:
+        """Return where to copy from and to, with the range's bytes at ``address``."""
+        source = np.column_stack((self.offset + np.uint64(address), self.nbytes))
+        if self.is_whole:  # one row: what copies then looks at half as many
+            source = np.array([[address, self.stop - self.start]], dtype=np.uint64)
+        return source, np.column_stack((self.place, self.nbytes))
+
+
+def plan_gets(source: IovTable, target: IovTable, *, merge_gap: int, max_nbytes: int) -> list[Get]:
+    """Return gets, in order of position, that together bring ``source``'s rows to ``target``'s, both in list order.
+
+    Rows that touch, overlap, or lie no further apart than ``merge_gap`` become one get, and none is larger than
+    ``max_nbytes``; rows are split at the borders.
+    """
+    if len(source) == 1:
+        return _gets_of_span(int(source[0, 0]), target, max_nbytes)
+    cuts = pair(source[:, 1], target[:, 1])
+    begin = source[cuts.left, 0] + cuts.left_skip
+    place = target[cuts.right, 0] + cuts.right_skip
+    order = np.argsort(begin, kind="stable")
+    begin, place, nbytes = begin[order], place[order], cuts.nbytes[order]
+    end = begin + nbytes
+    starts, stops = _ranges(begin, end, merge_gap, max_nbytes)
+    first = np.searchsorted(starts, begin, side="right") - 1
+    last = np.searchsorted(starts, end - np.uint64(1), side="right") - 1
+    counts = last - first + 1
+    row = np.repeat(np.arange(len(begin)), counts)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    get = first[row] + nth
+    piece_begin = np.maximum(begin[row], starts[get])
+    piece_end = np.minimum(end[row], stops[get])
+    by_get = np.argsort(get, kind="stable")
+    borders = np.searchsorted(get[by_get], np.arange(len(starts) + 1))
+    offset = (piece_begin - starts[get])[by_get]
+    where = (place[row] + (piece_begin - begin[row]))[by_get]
+    size = (piece_end - piece_begin)[by_get]
+    return [
+        Get(int(starts[n]), int(stops[n]), offset[a:b], where[a:b], size[a:b])
+        for n, (a, b) in enumerate(itertools.pairwise(borders.tolist()))
+        if a < b  # a range cut out of a gap that was merged over has nothing that is wanted
+    ]
+
+
+def in_object_order(source: Extent, target: Extent) -> tuple[Extent, Extent]:
+    """Return both sides in the order of the target object's bytes, of which they must be all.
+
+    Raises:
+        InvalidArgument: the target's rows are not the whole object, each byte once.
+    """
+    assert isinstance(target.space, ObjectSpace)
+    if len(target.iov) == 1:
+        _check_whole(target.space, target.iov)
+        return source, target
+    cuts = pair(source.iov[:, 1], target.iov[:, 1])
+    begin = target.iov[cuts.right, 0] + cuts.right_skip
+    order = np.argsort(begin, kind="stable")
+    left, nbytes = cuts.left[order], cuts.nbytes[order]
+    position = (source.iov[cuts.left, 0] + cuts.left_skip)[order]
+    _check_whole(target.space, np.column_stack((begin[order], nbytes)))
+    key = np.zeros(len(left), np.uint64) if source.region is None else source.region[left]
+    region, position, sizes = coalesce(key, position, nbytes)
+    iov = np.column_stack((position, sizes))
+    whole = np.array([[0, target.space.nbytes]], dtype=np.uint64)
+    return Extent(source.space, iov, None if source.region is None else region), Extent(target.space, whole)
+
+
+def covers(gets: list[Get], nbytes: int) -> bool:
+    """Whether gets ask for every byte of an object of so many bytes, with no gap between them."""
+    position = 0
+    for get in gets:
+        if get.start != position:
+            return False
+        position = get.stop
+    return position == nbytes
+
+
+def _gets_of_span(start: int, target: IovTable, max_nbytes: int) -> list[Get]:
+    """Return gets of one span of an object, which are in order as they stand: the common case, and far quicker."""
+    memory = Extent(MappedSpace(), target).indexed()
+    assert memory.ends is not None
+    total = int(memory.ends[-1])
+    gets = []
+    for at in range(0, total, max_nbytes):
+        stop = min(total, at + max_nbytes)
+        rows = target if stop - at == total else memory.cut(at, stop).iov
+        nbytes = rows[:, 1]
+        gets.append(Get(start + at, start + stop, np.cumsum(nbytes) - nbytes, rows[:, 0], nbytes, True))
+    return gets
+
+
+def _ranges(
+    begin: NDArray[np.uint64], end: NDArray[np.uint64], merge_gap: int, max_nbytes: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Merge spans sorted by their beginning, then cut what is too large."""
+    reach = np.maximum.accumulate(end)
+    is_new = np.ones(len(begin), dtype=np.bool_)
+    is_new[1:] = begin[1:] > reach[:-1] + np.uint64(merge_gap)
+    heads = np.flatnonzero(is_new)
+    low = begin[heads]
+    high = reach[np.append(heads[1:], len(begin)) - 1]
+    counts = ((high - low + np.uint64(max_nbytes - 1)) // np.uint64(max_nbytes)).astype(np.intp)
+    span = np.repeat(np.arange(len(low)), counts)
+    nth = (np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.uint64)
+    starts = low[span] + nth * np.uint64(max_nbytes)
+    return starts, np.minimum(starts + np.uint64(max_nbytes), high[span])
+
+
+def _check_whole(space: ObjectSpace, rows: IovTable) -> None:
+    end = rows[:, 0] + rows[:, 1]
+    is_whole = int(rows[0, 0]) == 0 and bool((rows[1:, 0] == end[:-1]).all()) and int(end[-1]) == space.nbytes
+    if not is_whole:
+        raise InvalidArgument(
+            f"object {space.key!r} of store {space.store!r} is written as a whole or not at all: the list has "
+            f"{int(rows[:, 1].sum())} of its {space.nbytes} bytes in {len(rows)} spans",
+            limit=f"every byte from 0 to {space.nbytes}, once, from one kind of memory, in one transfer",
+            remedy="write all of it, register it with the size that is to be written, or use a file for parts",
+        )

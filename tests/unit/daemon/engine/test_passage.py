@@ -1,0 +1,165 @@
+"""What surrounds a transfer's chunks is opened once, committed or dropped once, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from test_machine import plan, route, transfer
+
+from xferd.api.errors import IntegrityError, MoveFailed
+from xferd.daemon.engine.passage import Passage, is_needed
+from xferd.daemon.engine.sealing import NoSealer
+from xferd.plugins.base import Chunk, OpenLeg
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from xferd.plugins.base import Extent, LegScope
+
+
+class Leg(OpenLeg):
+    def __init__(self, story: list[str], name: str, fails: set[str]) -> None:
+        self.story, self.name, self.fails = story, name, fails
+
+    async def move(self, chunk: Chunk) -> int:
+        self.story.append(f"move {chunk.transfer_id}")
+        return chunk.nbytes
+
+    async def commit(self) -> None:
+        self.story.append(f"commit {self.name}")
+        if self.name in self.fails:
+            raise MoveFailed("the store is full")
+
+    async def abort(self) -> None:
+        self.story.append(f"abort {self.name}")
+
+
+class Store:
+    """A transactional backend."""
+
+    is_transactional = True
+
+    def __init__(self) -> None:
+        self.story: list[str] = []
+        self.fails: set[str] = set()
+        self.gate: asyncio.Event | None = None
+        self.opened = 0
+
+    async def open_leg(self, scope: LegScope) -> OpenLeg:
+        if self.gate is not None:
+            await self.gate.wait()
+        self.opened += 1
+        self.story.append(f"open {scope.nbytes} {scope.source is not None} {scope.target is not None}")
+        return Leg(self.story, f"leg{self.opened}", self.fails)
+
+
+class Proof(NoSealer):
+    """A sealer that writes down what it is asked."""
+
+    def __init__(self, story: list[str]) -> None:
+        self.story = story
+        self.bad = False
+
+    def concerns(self, extents: Sequence[Extent]) -> bool:
+        return bool(extents)
+
+    async def begin(self, extents: Sequence[Extent]) -> Any:
+        self.story.append("begin")
+        return "ticket"
+
+    async def seal(self, ticket: Any) -> None:
+        self.story.append("seal")
+
+    def abandon(self, ticket: Any) -> None:
+        self.story.append("abandon")
+
+    async def verify(self, extents: Sequence[Extent], *, is_asked: bool) -> None:
+        self.story.append(f"verify {is_asked}")
+        if self.bad:
+            raise IntegrityError("block 3")
+
+
+def passage(store: Store, *legs: int, sealer: Any = None) -> Passage:
+    made = transfer(plan(*[(chunks, (route("s"),)) for chunks in legs]))
+    made.verify = True
+    return Passage(made, cast("Any", {"s": store}), sealer or NoSealer())
+
+
+async def test_a_leg_is_opened_once_for_all_its_chunks() -> None:
+    store = Store()
+    one = passage(store, 3)
+    moves = await asyncio.gather(*(one.moves(0, route("s")) for _ in range(3)))
+    assert store.story == ["open 30 True True"]
+    assert len({id(move.__self__) for [move] in moves}) == 1
+    await one.commit()
+    assert store.story[1:] == ["commit leg1"]
+
+
+async def test_proof_is_begun_before_the_first_leg_and_given_after_the_last_commit() -> None:
+    store = Store()
+    one = passage(store, 1, 1, sealer=Proof(store.story))
+    await one.moves(0, route("s"))
+    await one.moves(1, route("s"))
+    await one.commit()
+    assert [word.split()[0] for word in store.story] == [
+        *("begin", "open", "open", "commit", "commit", "seal", "verify"),
+    ]
+    assert store.story[-1] == "verify True"
+
+
+async def test_where_one_commit_fails_the_rest_is_dropped() -> None:
+    store = Store()
+    store.fails = {"leg1"}
+    one = passage(store, 1, 1, sealer=Proof(store.story))
+    await one.moves(0, route("s"))
+    await one.moves(1, route("s"))
+    with pytest.raises(MoveFailed):
+        await one.commit()
+    assert store.story[-3:] == ["commit leg1", "abort leg2", "abandon"]
+
+
+async def test_bytes_that_do_not_verify_fail_the_commit() -> None:
+    store = Store()
+    proof = Proof(store.story)
+    proof.bad = True
+    one = passage(store, 1, sealer=proof)
+    await one.moves(0, route("s"))
+    with pytest.raises(IntegrityError):
+        await one.commit()
+    assert "abandon" not in store.story  # sealed: the ticket was over
+
+
+async def test_abandon_drops_all_once_and_nothing_where_nothing_was_opened() -> None:
+    store = Store()
+    await passage(store, 1).abandon()
+    assert store.story == []
+    one = passage(store, 1, sealer=Proof(store.story))
+    await one.moves(0, route("s"))
+    await one.abandon()
+    await one.abandon()
+    assert store.story == ["begin", "open 10 True True", "abort leg1", "abandon"]
+
+
+async def test_a_cancelled_open_leaves_the_leg_for_the_next_chunk() -> None:
+    store = Store()
+    store.gate = asyncio.Event()
+    one = passage(store, 2)
+    first = asyncio.create_task(one.moves(0, route("s")))
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    store.gate.set()
+    await one.moves(0, route("s"))
+    assert store.opened == 1
+
+
+def test_plain_plans_need_none() -> None:
+    store = Store()
+    made = plan((1, (route("s"),)))
+    assert is_needed(made, cast("Any", {"s": store}), NoSealer())
+    assert is_needed(made, cast("Any", {"s": store}), Proof([]))
+    store.is_transactional = False
+    assert not is_needed(made, cast("Any", {"s": store}), NoSealer())

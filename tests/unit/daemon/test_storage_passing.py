@@ -1,0 +1,138 @@
+"""Checksums of bytes as they pass: the same as those of the disk, and only of blocks that really passed whole."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from storage_rig import KIB, damage, extent, opened, pattern, span
+
+from xferd.api.errors import IntegrityError
+from xferd.daemon.storage.catalogue import SUMMED
+from xferd.daemon.storage.checksums import sums_of
+from xferd.daemon.storage.passing import passed, sums_of_memory
+from xferd.daemon.storage.touching import ExtentIndex
+from xferd.plugins.base import Extent, MappedSpace
+from xferd.plugins.vectored import iov_of
+
+
+@st.composite
+def cuts(draw, nbytes: int):
+    """Return sizes that add up to a number of bytes."""
+    borders = sorted({0, nbytes, *draw(st.lists(st.integers(0, nbytes), max_size=4))})
+    return [b - a for a, b in itertools.pairwise(borders)]
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_sums_from_memory_are_those_of_the_bytes_where_they_go(data):
+    """Whatever the rows on both sides: gathered from pieces in any order, scattered over extents and gaps."""
+    sizes = data.draw(st.lists(st.integers(1, 40_000), min_size=1, max_size=3))
+    index, extents, at = ExtentIndex(), [], 0
+    for number, size in enumerate(sizes):
+        extents.append(extent(number, at, size, data.draw(st.sampled_from([4096, 5000]))))
+        at += extents[-1].room
+    index.add(extents)
+    slab = np.zeros(at, np.uint8)
+    start = data.draw(st.integers(0, at - 1))
+    total = data.draw(st.integers(1, at - start))
+    order = data.draw(st.permutations(range(len(pieces := data.draw(cuts(total))))))
+    offsets = np.cumsum([0, *pieces[:-1]])
+    file = np.array([[start + offsets[i], pieces[i]] for i in order], dtype=np.uint64)
+    memory_sizes = data.draw(cuts(total))
+    store = [np.frombuffer(pattern(i, size), np.uint8) for i, size in enumerate(memory_sizes)]
+    memory = np.concatenate([iov_of(each) for each in store])
+    stream = np.concatenate(store)
+    done = 0
+    for position, size in file.tolist():
+        slab[position : position + size] = stream[done : done + size]
+        done += size
+    chunk = passed(index.touched(file), file, memory)
+    fd = os.memfd_create("slab")
+    os.pwrite(fd, slab.tobytes(), 0)
+    try:
+        for whole, sums in zip(chunk.whole, sums_of_memory(chunk.whole, memory), strict=True):
+            for number, value in zip(whole.numbers.tolist(), sums, strict=True):
+                assert value == int(sums_of(fd, "slab", whole.extent, number, number + 1)[0])
+    finally:
+        os.close(fd)
+    named = {(w.extent.id, n) for w in chunk.whole for n in w.numbers.tolist()}
+    named |= {(e.id, n) for e, numbers in chunk.partial for n in numbers}
+    assert named == {(s.extent.id, n) for s in index.touched(file) for n in range(s.first, s.stop)}
+
+
+async def _write(rig, made, data: bytes, offset: int = 0, *, lie: bytes = b""):
+    """Write as the engine does when it tells of each chunk; ``lie``: what stands in memory afterwards."""
+    target = span(made, offset, len(data))
+    ticket = await rig.sealer.begin([target])
+    os.pwrite(made.space.fd, data, made.position + offset)
+    await rig.sealer.passed(ticket, Extent(MappedSpace(), iov_of(lie or data)), target)
+    return ticket
+
+
+async def test_what_was_summed_as_it_passed_is_not_read_back(tmp_path):
+    """Seen by a lie: the sums are those of the memory."""
+    async with opened(tmp_path) as rig:
+        (made,) = await rig.allocate(64 * KIB)
+        await rig.sealer.seal(await _write(rig, made, pattern(1, 64 * KIB), lie=pattern(2, 64 * KIB)))
+        with pytest.raises(IntegrityError, match="block 0"):
+            await rig.verify(made)
+
+
+async def test_blocks_that_did_not_pass_whole_or_once_are_read_back(tmp_path):
+    async with opened(tmp_path) as rig:
+        (made,) = await rig.allocate(64 * KIB)
+        first = await _write(rig, made, pattern(1, 40 * KIB), 2 * KIB)
+        target = span(made, 8 * KIB, 8 * KIB)
+        os.pwrite(made.space.fd, pattern(2, 8 * KIB), made.position + 8 * KIB)
+        await rig.sealer.passed(first, Extent(MappedSpace(), iov_of(pattern(2, 8 * KIB))), target)
+        await rig.sealer.seal(first)
+        assert made.extent.state.tolist() == [SUMMED] * 11 + [0] * 5
+        await rig.verify(made, 0, 44 * KIB)
+
+
+async def test_a_block_that_another_wrote_to_meanwhile_is_read_back(tmp_path):
+    async with opened(tmp_path) as rig:
+        (made,) = await rig.allocate(64 * KIB)
+        first = await _write(rig, made, pattern(1, 64 * KIB))
+        second = await _write(rig, made, pattern(2, 32 * KIB), 16 * KIB)
+        await rig.sealer.seal(second)
+        await rig.sealer.seal(first)
+        await rig.verify(made)
+
+
+async def test_a_read_is_compared_where_it_arrives_and_damage_is_the_disks_or_the_memorys(tmp_path):
+    async with opened(tmp_path) as rig:
+        (made,) = await rig.allocate(64 * KIB)
+        data = pattern(1, 64 * KIB)
+        await rig.write(made, data)
+        whole = span(made, 0, 64 * KIB)
+
+        async def read(got: bytes) -> None:
+            ticket = rig.sealer.reading([whole], is_asked=True)
+            await rig.sealer.arrived(ticket, whole, Extent(MappedSpace(), iov_of(got)))
+            await rig.sealer.finish(ticket)
+
+        before = rig.pool.counters.verified_nbytes
+        await read(data)
+        assert rig.pool.counters.verified_nbytes - before == 64 * KIB, "compared once, and not again from the disk"
+        with pytest.raises(IntegrityError, match=r"block 3 .* arrived with other bytes"):
+            await read(data[: 12 * KIB] + bytes(4 * KIB) + data[16 * KIB :])
+        assert rig.pool.statistics().damaged_blocks == 0
+        damage(made, 20 * KIB)
+        with pytest.raises(IntegrityError, match=r"block 5 of extent 1 .* has checksum"):
+            await read(os.pread(made.space.fd, 64 * KIB, made.position))
+        assert rig.pool.statistics().damaged_blocks == 1
+
+
+async def test_a_read_that_nobody_wants_compared_has_no_ticket(tmp_path):
+    async with opened(tmp_path) as rig:
+        (made,) = await rig.allocate(4 * KIB)
+        await rig.write(made, pattern(1, 4 * KIB))
+        assert rig.sealer.reading([span(made, 0, 4 * KIB)], is_asked=False) is None
+        rig.pool.verifies = True
+        assert rig.sealer.reading([span(made, 0, 4 * KIB)], is_asked=False) is not None
