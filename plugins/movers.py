@@ -86,6 +86,8 @@ class MoverPool:
         """
         if self._closed:
             raise Closed(f"the mover threads of {self.name} were closed", remedy="the backend is stopped")
+        if not calls:
+            return []
         batch = _Batch(calls, asyncio.get_running_loop())
         self._begin(batch)
         try:

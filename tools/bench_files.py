@@ -2,10 +2,10 @@
 
     python tools/bench_files.py [--directory DIR] [--rounds 5] [--depth 16] [--nixl PYTHON] [--json FILE]
 
-Each case alternates between the ways, and compares medians. The backend gets chunks as the engine cuts them (``--chunk``),
-as many at once as it has movers; its queue depth over all movers is fio's. fio is given one job with
-``--ioengine=io_uring`` (``libaio`` where it has none). A way that cannot run is left out, with the reason. Test files
-take 1 GiB in ``--directory``, which should be on the disk in question, and are deleted.
+Each case alternates between the ways, and compares medians. The backend gets chunks as the daemon cuts them
+(``--chunk``), as many at once as it has slots; its queue depth over all movers is fio's. fio is given one job with
+``--ioengine=io_uring`` (``libaio`` where it has none). A way that cannot run is left out, with the reason. The test
+file takes 1 GiB in ``--directory``, which should be on the disk in question, and is deleted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -137,9 +138,11 @@ class Bench:
         self._prepare(case)
         taken: dict[str, list[float]] = {name: [] for name in ways}
         try:
-            for _ in range(self._args.rounds + 1):
-                for name, way in ways.items():
-                    taken[name].append(way())
+            for number in range(self._args.rounds + 1):
+                order = list(ways)
+                first = number % len(order)  # who follows whom matters: each comes first in turn
+                for name in order[first:] + order[:first]:
+                    taken[name].append(ways[name]())
         finally:
             for close in closers:
                 close()
@@ -207,7 +210,7 @@ class Bench:
         source, target = (end.indexed() for end in (reversed(ends) if case.write else ends))
 
         async def move() -> None:
-            slots = asyncio.Semaphore(movers)
+            slots = asyncio.Semaphore(backend.slots(source.space, target.space))
 
             async def one(start: int, stop: int) -> None:
                 async with slots:
@@ -215,7 +218,7 @@ class Bench:
                     await backend.move(chunk)
 
             async with asyncio.TaskGroup() as group:
-                for span in zip(cuts, cuts[1:], strict=False):
+                for span in itertools.pairwise(cuts):
                     group.create_task(one(*span), name=f"chunk {span[0]}")
 
         def way() -> float:
@@ -237,7 +240,7 @@ class Bench:
                     raise OSError(ctypes.get_errno(), "short")
 
         marks = [case.count * number // threads for number in range(threads + 1)]
-        workers = [threading.Thread(target=work, args=span) for span in zip(marks, marks[1:], strict=False)]
+        workers = [threading.Thread(target=work, args=span) for span in itertools.pairwise(marks)]
         began = time.perf_counter()
         for worker in workers:
             worker.start()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from xferd.daemon.engine.machine import Transfer
     from xferd.daemon.engine.plan import Leg, Plan, Route
-    from xferd.daemon.engine.sealing import Sealer, WriteTicket
+    from xferd.daemon.engine.sealing import ReadTicket, Sealer, WriteTicket
     from xferd.plugins.base import Backend, Chunk, Extent, OpenLeg
 
     Move: TypeAlias = Callable[[Chunk], Awaitable[int]]
@@ -43,6 +43,7 @@ class Passage:
         self._sealer = sealer
         self._lock = asyncio.Lock()  # hands out moves in the order of the chunks that ask
         self._ticket: WriteTicket | None = None
+        self._reading: ReadTicket | None = None
         self._open: dict[tuple[int, str], OpenLeg] = {}
 
     async def moves(self, number: int, route: Route) -> list[Move]:
@@ -54,6 +55,7 @@ class Passage:
         async with self._lock:
             if self._ticket is None:
                 self._ticket = await self._sealer.begin(_targets(self._plan))
+                self._reading = self._sealer.reading(_sources(self._plan), is_asked=self._verify)
             return [await self._move(number, self._plan.legs[number], route, hop) for hop in range(len(route.hops))]
 
     async def commit(self) -> None:
@@ -70,7 +72,8 @@ class Passage:
             if ticket is not None:
                 proven, ticket = ticket, None  # sealing ends it, whatever comes of it
                 await self._sealer.seal(proven)
-            await self._sealer.verify(_sources(self._plan), is_asked=self._verify)
+            if self._reading is not None:
+                await self._sealer.finish(self._reading)
         finally:
             await self._drop(legs, ticket)
 
@@ -89,11 +92,30 @@ class Passage:
     async def _move(self, number: int, leg: Leg, route: Route, hop: int) -> Move:
         name = route.backends[hop]
         backend = self._backends[name]
-        if not backend.is_transactional:
-            return backend.move
+        move = (await self._leg(number, leg, route, hop)).move if backend.is_transactional else backend.move
+        if not self._sealer.concerns([leg.source, leg.target]):
+            return move
+        return self._proven(move, is_first=hop == 0, is_last=hop == len(route.hops) - 1)
+
+    def _proven(self, move: Move, *, is_first: bool, is_last: bool) -> Move:
+        """Return a move that shows the sealer the bytes as they pass, so that it need not read them once more."""
+
+        async def moved(chunk: Chunk) -> int:
+            nbytes = await move(chunk)
+            if nbytes == chunk.nbytes:
+                if is_first and self._reading is not None:
+                    await self._sealer.arrived(self._reading, chunk.source, chunk.target)
+                if is_last and self._ticket is not None:
+                    await self._sealer.passed(self._ticket, chunk.source, chunk.target)
+            return nbytes
+
+        return moved
+
+    async def _leg(self, number: int, leg: Leg, route: Route, hop: int) -> OpenLeg:
+        name = route.backends[hop]
         key = number, f"{hop} {name}"
         if key not in self._open:
-            self._open[key] = await backend.open_leg(
+            self._open[key] = await self._backends[name].open_leg(
                 LegScope(
                     leg.source if hop == 0 else None,
                     leg.target if hop == len(route.hops) - 1 else None,
@@ -101,7 +123,7 @@ class Passage:
                     *self._ids,
                 )
             )
-        return self._open[key].move
+        return self._open[key]
 
 
 def _sources(plan: Plan) -> list[Extent]:

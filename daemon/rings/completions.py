@@ -10,7 +10,7 @@ from xferd.api.types import TransferState
 
 if TYPE_CHECKING:
     from xferd.api.errors import XferdError
-    from xferd.api.types import Notification
+    from xferd.api.types import Hop, Notification
     from xferd.daemon.engine.machine import Transfer
     from xferd.daemon.engine.plan import Route
 
@@ -24,7 +24,8 @@ class Completions:
 
     def __init__(self, detail_nbytes: int) -> None:
         self._detail_nbytes = detail_nbytes
-        self._seen: dict[int, tuple[tuple[Route, ...], int]] = {}
+        self._numbers: dict[tuple[Hop, ...], int] = {}
+        self._last: tuple[tuple[Route, ...], int] = (), 0
 
     def ended(self, user_data: int, transfer: Transfer) -> tuple[tuple[float, ...], bytes]:
         """Return the fields and the detail that tell how a transfer ended."""
@@ -87,14 +88,17 @@ class Completions:
 
     def _route(self, routes: tuple[Route, ...]) -> tuple[int, bytes]:
         """Return a route's number and, if the client does not know it, the hops as a detail."""
-        seen = self._seen.get(id(routes))
-        if seen is not None and seen[0] is routes:
-            return seen[1], b""
+        if routes is self._last[0] and self._last[1]:
+            return self._last[1], b""
         hops = tuple(hop for route in routes for hop in route.hops)
+        known = self._numbers.get(hops, 0)
+        if known:
+            self._last = routes, known
+            return known, b""
         message = pb.TransferStatus(telemetry=pb.Telemetry(route=wire.hops_to_messages(hops)))
         detail = message.SerializeToString()
-        if len(self._seen) >= ring.MAX_ROUTES or len(detail) > self._detail_nbytes:
+        if len(self._numbers) >= ring.MAX_ROUTES or len(detail) > self._detail_nbytes:
             return 0, detail
-        number = len(self._seen) + 1
-        self._seen[id(routes)] = (routes, number)  # kept, so that the id stays this one's
+        number = self._numbers[hops] = len(self._numbers) + 1
+        self._last = routes, number
         return number, detail

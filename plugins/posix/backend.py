@@ -105,8 +105,11 @@ class PosixBackend(Backend):
         return _START_S + pieces * _PIECE_S + nbytes / _NBYTES_PER_S
 
     def slots(self, source: Space, target: Space) -> int:
-        """Return the number of mover threads."""
-        return self._options.movers
+        """Return twice the number of mover threads: the next chunk waits at a thread, and no thread for the loop.
+
+        Measured in the page cache, chunks of 8 MiB, two movers: a tenth quicker than with as many as movers.
+        """
+        return 2 * self._options.movers
 
     async def move(self, chunk: Chunk) -> int:
         """Read or write one chunk; a cancelled call has nothing under way when this raises.
@@ -143,7 +146,7 @@ class PosixBackend(Backend):
 
     def statistics(self) -> BackendStatistics:
         """Return counters since start."""
-        return self._counter.snapshot(self._options.movers)
+        return self._counter.snapshot(2 * self._options.movers)
 
     def _make_mover(self) -> FileMover:
         return FileMover(self._engine, self._policy, self._bounce, self._options.piece_nbytes)

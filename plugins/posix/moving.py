@@ -155,7 +155,7 @@ class _Past:
         return begin, end - begin
 
     def _perform(self, pieces: Pieces) -> NDArray[np.int32]:
-        return self._engine.perform(self._file.fd, pieces, write=self._write, stop=self._stop, is_direct=True)
+        return self._engine.perform(self._file.fd, pieces, write=self._write, stop=self._stop)
 
     def _settle(
         self, results: NDArray[np.int32], needed: NDArray[np.uint64], pieces: Pieces, *, is_direct: bool = True

@@ -20,11 +20,14 @@ MIN_BOUNCE_NBYTES = 128 << 10
 class PosixOptions(Options):
     """``[backends.posix]``.
 
-    ``movers`` is the number of threads, and so of chunks that move at once. ``engine``: how requests reach the kernel,
-    by io_uring or by one ``preadv`` or ``pwritev`` each; "auto" takes io_uring where the kernel allows it.
-    ``queue_depth``: requests under way for each thread with io_uring. ``direct`` moves files past the page cache
-    (O_DIRECT), ``direct_below`` those below some directories; a descriptor that a client opened with O_DIRECT is moved
-    so anyway. ``bounce`` bounds the memory, of all threads together, for what O_DIRECT does not take as it lies.
+    ``movers`` is the number of threads, and so of chunks that move at once; as many wait at them. ``engine``: how
+    requests reach the kernel, by io_uring or by one ``preadv`` or ``pwritev`` each; "auto" takes io_uring where the
+    kernel allows it. ``queue_depth``: requests under way for each thread with io_uring.
+
+    ``direct`` moves files past the page cache (O_DIRECT), ``direct_below`` those below some directories; a descriptor
+    that a client opened with O_DIRECT is moved so anyway. ``bounce`` bounds the memory, of all threads together, for
+    what O_DIRECT does not take as it lies.
+
     ``fsync = "data"`` puts what a transfer wrote on the disk (``fdatasync``) before it is DONE; "none" leaves that to
     the kernel, and to the client that may sync its own file.
     """

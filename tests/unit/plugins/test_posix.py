@@ -1,21 +1,39 @@
-"""Short files, full devices and durability in the posix backend; exact bytes are in ``tests/conformance``."""
+"""Short files, full devices and durability in the posix backend, whatever engine it has; exact bytes are in
+``tests/conformance``."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import resource
+import signal
 
+import numpy as np
 import pytest
 from arenas import FileArena, MappedArena
 from check_backend import pattern
+from pydantic import ValidationError
 
-from xferd.api.errors import MoveFailed, ShortTransfer, Unsupported
-from xferd.plugins.base import Chunk, Extent, FileSpace, MappedSpace
+from xferd.api.errors import Cancelled, MoveFailed, ShortTransfer, Unsupported
+from xferd.plugins.base import Chunk, Extent, FileSpace, LegScope, MappedSpace
 from xferd.plugins.posix import PosixBackend, PosixOptions
+from xferd.plugins.posix.engines import Calls, Rings, Stop
+from xferd.plugins.posix.pieces import pieces_of
+
+WAYS = {
+    "io_uring": {"engine": "io_uring"},
+    "shallow": {"engine": "io_uring", "queue_depth": 4},
+    "threads": {"engine": "threads"},
+    "direct": {"engine": "io_uring", "direct": True},
+    "direct-threads": {"engine": "threads", "direct": True},
+}
+MANY = [(number * 8192, 4096) for number in range(300)]
+"""More rows than a plain loop of calls is taken for, and more than a ring has room for."""
 
 
-@pytest.fixture
-async def backend():
-    backend = PosixBackend(PosixOptions())
+@pytest.fixture(params=WAYS)
+async def backend(request):
+    backend = PosixBackend(PosixOptions(**WAYS[request.param]))
     await backend.start()
     yield backend
     await backend.aclose()
@@ -23,7 +41,7 @@ async def backend():
 
 @pytest.fixture
 def file():
-    arena = FileArena(8192)
+    arena = FileArena(8192 * 300)
     yield arena
     arena.close()
 
@@ -35,9 +53,26 @@ def chunk(source, target):
 async def test_short_file_is_a_short_transfer(backend, file):
     memory = MappedArena(8192)
     file.cut(5000)
-    with pytest.raises(ShortTransfer, match="ended after 5000 of 8192"):
+    with pytest.raises(ShortTransfer, match=r"ended after \d+ of \d+"):
         await backend.move(chunk(file.extent([(0, 8192)]), memory.extent([(0, 8192)])))
     assert backend.statistics().failures == 1
+
+
+@pytest.mark.parametrize("nbytes", [0, 4096, 8192 * 100 + 17, 8192 * 299 + 4095])
+async def test_file_that_was_cut_below_any_of_many_rows_is_a_short_transfer(backend, file, nbytes):
+    memory = MappedArena(file.nbytes)
+    file.cut(nbytes)
+    with pytest.raises(ShortTransfer, match=f"file size {nbytes}"):
+        await backend.move(chunk(file.extent(MANY), memory.extent(MANY)))
+    assert backend.statistics().moved_nbytes == 0
+
+
+async def test_row_that_ends_where_the_file_ends_is_read(backend, file):
+    memory = MappedArena(10_000)
+    file.fill(pattern(file.nbytes, 1))
+    file.cut(8192 + 100)
+    await backend.move(chunk(file.extent([(8000, 292)]), memory.extent([(3, 292)])))
+    assert np.array_equal(memory.read()[3:295], pattern(file.nbytes, 1)[8000:8292])
 
 
 async def test_write_past_the_end_makes_the_file_longer(backend, file):
@@ -49,12 +84,54 @@ async def test_write_past_the_end_makes_the_file_longer(backend, file):
     assert os.pread(file.space.fd, 100, 1000) == pattern(100, 1).tobytes()
 
 
-async def test_full_device_names_the_errno(backend):
-    memory, fd = MappedArena(100), os.open("/dev/full", os.O_WRONLY)
-    target = Extent(FileSpace(fd, "/dev/full"), memory.extent([(0, 100)]).iov)
-    with pytest.raises(MoveFailed, match="ENOSPC"):
-        await backend.move(chunk(memory.extent([(0, 100)]), target))
+@pytest.mark.parametrize("rows", [[(0, 100)], [(number * 200, 100) for number in range(50)]], ids=["one", "many"])
+async def test_full_device_names_the_errno(backend, rows):
+    memory, fd = MappedArena(10_000), os.open("/dev/full", os.O_WRONLY)
+    target = Extent(FileSpace(fd, "/dev/full"), np.array(rows, dtype=np.uint64))
+    with pytest.raises(MoveFailed, match="ENOSPC") as caught:
+        await backend.move(chunk(memory.extent(rows), target))
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.remedy
     os.close(fd)
+
+
+async def test_limit_in_the_midst_of_many_rows_fails_the_chunk(backend, file):
+    """The system refuses rows beyond a size of file: some have been written, and the error says why not all."""
+    memory = MappedArena(file.nbytes)
+    limits, was = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192 * 100, limits[1]))
+    try:
+        with pytest.raises(MoveFailed, match="EFBIG"):
+            await backend.move(chunk(memory.extent(MANY), file.extent(MANY)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, was)
+    await backend.move(chunk(memory.extent(MANY), file.extent(MANY)))
+
+
+async def test_memory_that_is_not_mapped_fails_the_chunk(backend, file):
+    memory = MappedArena(file.nbytes)
+    rows = memory.extent(MANY).iov
+    rows[150:, 0] -= np.uint64(memory.base)  # the lowest addresses, which nobody may map
+    rows[150:, 0] -= rows[150, 0]
+    with pytest.raises(MoveFailed, match="EFAULT"):
+        await backend.move(chunk(file.extent(MANY), Extent(MappedSpace(), rows)))
+
+
+async def test_file_to_file_goes_through_memory(backend, file):
+    assert "file to file" in backend.refusal(file.space, file.space)
+    with pytest.raises(Unsupported):
+        await backend.move(chunk(file.extent([(0, 8)]), file.extent([(8, 8)])))
+
+
+async def test_slots_keep_a_chunk_waiting_at_each_mover(file):
+    backend = PosixBackend(PosixOptions(movers=5))
+    assert backend.slots(file.space, MappedSpace()) == 10
+    assert backend.statistics().slots == 10
+    await backend.aclose()
+
+
+# ------------------------------------------------------------------------------------------ durability
 
 
 async def test_sync_that_fails_fails_the_chunk():
@@ -68,13 +145,95 @@ async def test_sync_that_fails_fails_the_chunk():
     await backend.aclose()
 
 
-async def test_file_to_file_goes_through_memory(backend, file):
-    assert "file to file" in backend.refusal(file.space, file.space)
-    with pytest.raises(Unsupported):
-        await backend.move(chunk(file.extent([(0, 8)]), file.extent([(8, 8)])))
-
-
-async def test_slots_are_the_movers(file):
-    backend = PosixBackend(PosixOptions(movers=5))
-    assert backend.slots(file.space, MappedSpace()) == 5
+async def test_leg_is_put_on_the_disk_once_at_its_end():
+    """/dev/null takes every byte and no sync: chunks go through, and the commit says that nothing is durable."""
+    backend = PosixBackend(PosixOptions(fsync="data"))
+    assert backend.is_transactional
+    memory, fd = MappedArena(100), os.open("/dev/null", os.O_WRONLY)
+    source = memory.extent([(0, 100)])
+    target = Extent(FileSpace(fd, "/dev/null"), source.iov)
+    leg = await backend.open_leg(LegScope(source, target, 200, "t", "c"))
+    assert await leg.move(chunk(source, target)) == 100
+    assert await leg.move(chunk(source, target)) == 100
+    with pytest.raises(MoveFailed, match="fdatasync of /dev/null"):
+        await leg.commit()
+    reading = await backend.open_leg(LegScope(target, source, 200, "t", "c"))
+    await reading.commit()  # of a file that was read there is nothing to be put anywhere
+    os.close(fd)
     await backend.aclose()
+
+
+def test_without_fsync_nothing_surrounds_a_leg():
+    assert not PosixBackend(PosixOptions()).is_transactional
+
+
+# ------------------------------------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize("make", [Calls, lambda: Rings(8)], ids=["threads", "io_uring"])
+def test_stopped_engine_leaves_out_what_it_has_not_begun(make, file):
+    """Stopped from the start it begins one turn at most, and comes back with nothing under way."""
+    engine, memory, stop = make(), MappedArena(file.nbytes), Stop()
+    file.fill(pattern(file.nbytes, 1))
+    stop.set()
+    pieces = pieces_of(file.extent(MANY).iov, memory.extent(MANY).iov)
+    results = engine.perform(file.space.fd, pieces, write=False, stop=stop)
+    begun = int(np.count_nonzero(results))
+    assert begun <= 8
+    assert np.array_equal(results, np.where(np.arange(300) < begun, 4096, 0))
+    assert not memory.read()[8192 * 8 :].any()
+    engine.close()
+
+
+async def test_cancelled_move_ends_between_batches():
+    """Of 64 MiB in 16,384 requests, a move that is cancelled as it begins does not do all."""
+    backend = PosixBackend(PosixOptions(movers=1, queue_depth=8))
+    await backend.start()
+    arena, memory = FileArena(128 << 20), MappedArena(64 << 20)
+    rows = [(number * 8192, 4096) for number in range(16_384)]
+    arena.fill(np.full(arena.nbytes, 7, np.uint8))
+    source, target = arena.extent(rows), memory.extent([(0, 64 << 20)])
+    move = asyncio.ensure_future(backend.move(chunk(source, target)))
+    while not memory._bytes[0]:  # noqa: ASYNC110  # a byte in memory is no event
+        await asyncio.sleep(0)
+    move.cancel()
+    await asyncio.wait([move])
+    assert move.cancelled()
+    assert not memory.read()[-4096:].any(), "it went on to the end"
+    arena.close()
+    await backend.aclose()
+
+
+def test_stop_is_an_error_of_ours():
+    stop = Stop()
+    stop.check()
+    stop.set()
+    with pytest.raises(Cancelled):
+        stop.check()
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"movers": 64, "bounce": 1 << 20}, "64 movers need at least 8388608"),
+        ({"direct_below": ("mnt/x",)}, "is not absolute"),
+        ({"queue_depth": 0}, "greater than or equal to 1"),
+        ({"engine": "libaio"}, "'auto', 'io_uring' or 'threads'"),
+    ],
+)
+def test_options_that_cannot_be(wanted, said):
+    with pytest.raises(ValidationError, match=said):
+        PosixOptions(**wanted)
+
+
+@pytest.mark.parametrize("movers", [1, 2, 3, 64])
+@pytest.mark.parametrize("bounce", [8 << 20, (8 << 20) + 12_345, 100 << 20])
+def test_bounce_memory_holds_two_pieces_of_each_thread(movers, bounce):
+    options = PosixOptions(movers=movers, bounce=bounce)
+    assert options.movers * options.bounce_nbytes <= bounce
+    assert 2 * options.piece_nbytes <= options.bounce_nbytes
+    assert options.piece_nbytes & (options.piece_nbytes - 1) == 0
+    assert options.piece_nbytes >= 64 << 10

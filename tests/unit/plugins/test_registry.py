@@ -53,7 +53,7 @@ def test_creates_what_is_configured_with_its_options():
     assert list(backends) == ["posix", "local"]
     assert isinstance(backends["posix"], PosixBackend)
     assert isinstance(backends["local"], LocalBackend)
-    assert backends["posix"].statistics().slots == 3
+    assert backends["posix"].statistics().slots == 6
 
 
 def test_nothing_configured_is_nothing_imported():

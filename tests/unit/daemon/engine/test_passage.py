@@ -75,8 +75,17 @@ class Proof(NoSealer):
     def abandon(self, ticket: Any) -> None:
         self.story.append("abandon")
 
-    async def verify(self, extents: Sequence[Extent], *, is_asked: bool) -> None:
-        self.story.append(f"verify {is_asked}")
+    def reading(self, extents: Sequence[Extent], *, is_asked: bool) -> Any:
+        return f"reading {is_asked}"
+
+    async def passed(self, ticket: Any, source: Extent, target: Extent) -> None:
+        self.story.append(f"passed {ticket}")
+
+    async def arrived(self, ticket: Any, source: Extent, target: Extent) -> None:
+        self.story.append(f"arrived {ticket}")
+
+    async def finish(self, ticket: Any) -> None:
+        self.story.append(f"finish {ticket}")
         if self.bad:
             raise IntegrityError("block 3")
 
@@ -104,9 +113,18 @@ async def test_proof_is_begun_before_the_first_leg_and_given_after_the_last_comm
     await one.moves(1, route("s"))
     await one.commit()
     assert [word.split()[0] for word in store.story] == [
-        *("begin", "open", "open", "commit", "commit", "seal", "verify"),
+        *("begin", "open", "open", "commit", "commit", "seal", "finish"),
     ]
-    assert store.story[-1] == "verify True"
+    assert store.story[-1] == "finish reading True"
+
+
+async def test_proof_sees_the_bytes_of_whole_chunks_as_they_pass() -> None:
+    store = Store()
+    one = passage(store, 1, sealer=Proof(store.story))
+    [move] = await one.moves(0, route("s"))
+    nothing = cast("Any", None)
+    assert await move(Chunk(nothing, nothing, 10, "x", "c")) == 10
+    assert store.story[-3:] == ["move x", "arrived reading True", "passed ticket"]
 
 
 async def test_where_one_commit_fails_the_rest_is_dropped() -> None:
