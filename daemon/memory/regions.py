@@ -19,13 +19,14 @@ import secrets
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from xferd.api.errors import Busy, Closed, InvalidArgument, Overloaded, PermissionDenied, Stale, Unsupported
 from xferd.api.types import Access, HoldInfo, RegionId, RegionInfo
+from xferd.daemon.memory.holding import Actor, Hold, LocalActor, Owned, PeerActor, Record
 from xferd.daemon.memory.resolving import Resolved, resolve_in, slots_of
 from xferd.daemon.memory.slots import SlotTable, slot_of
 
@@ -41,53 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["Actor", "LocalActor", "PeerActor", "RegionTable", "Resolved"]
 
 
-@dataclass(frozen=True, slots=True)
-class LocalActor:
-    """A session of this node: may do all with its own regions, and with others' what their access says."""
-
-    session: SessionId
-
-
-@dataclass(frozen=True, slots=True)
-class PeerActor:
-    """Another node: may do what a region's access says."""
-
-    node: str
-
-
 _REMEMBERED = 1024
 """Ended sessions whose late registrations are refused; none is under way for longer than so many sessions end."""
-
-Actor: TypeAlias = LocalActor | PeerActor
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    info: RegionInfo
-    backing: Backing
-    owner: SessionId
-    since: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Hold:
-    ids: Column
-    slots: NDArray[np.intp]
-    reason: str
-    since: float
-
-
-@dataclass(slots=True, eq=False)
-class _Owned:
-    """A session's regions, and who waits until they are idle."""
-
-    number: int
-    slots: set[int] = field(default_factory=set)
-    retired: bool = False
-    waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = field(default_factory=list)
-
-    def as_array(self) -> NDArray[np.intp]:
-        return np.fromiter(self.slots, dtype=np.intp, count=len(self.slots))
 
 
 class RegionTable:
@@ -115,10 +71,10 @@ class RegionTable:
         self._clock = clock
         self._lock = threading.Lock()
         self._slots = SlotTable(max_regions, secrets.randbits(31) if first_generation is None else first_generation)
-        self._records: dict[int, _Record] = {}
-        self._owned: dict[SessionId, _Owned] = {}
+        self._records: dict[int, Record] = {}
+        self._owned: dict[SessionId, Owned] = {}
         self._owner_numbers: list[int] = []  # free ones
-        self._holds: dict[str, list[_Hold]] = {}
+        self._holds: dict[str, list[Hold]] = {}
         self._gone: deque[SessionId] = deque(maxlen=_REMEMBERED)
         self._waiting = 0  # calls of wait_idle
         self.revision = 0
@@ -185,7 +141,7 @@ class RegionTable:
             infos = []
             for region, (backing, nbytes) in zip(ids, backings, strict=True):
                 info = self._info_of(region, agent, backing, nbytes, access, label, writable)
-                self._records[slot_of(region)] = _Record(info, backing, owner, since)
+                self._records[slot_of(region)] = Record(info, backing, owner, since)
                 infos.append(info)
             owned.slots.update(map(slot_of, ids))
             return tuple(infos)
@@ -240,7 +196,7 @@ class RegionTable:
             before = [self._records[slot] for slot in slots]
             kept = [record.info.access if access is None else access for record in before]
             infos = tuple(replace(r.info, agent=agent, access=new) for r, new in zip(before, kept, strict=True))
-            given = [_Record(info, r.backing, taker, since) for info, r in zip(infos, before, strict=True)]
+            given = [Record(info, r.backing, taker, since) for info, r in zip(infos, before, strict=True)]
             announce(infos)
             self._change_owner(slots, given, taker, access)
             return infos
@@ -363,7 +319,7 @@ class RegionTable:
         if not len(ids):
             return
         slots = slots_of(ids)
-        hold = _Hold(ids, slots, reason, self._clock())
+        hold = Hold(ids, slots, reason, self._clock())
         needed = Access.WRITE if write else Access.READ
         with self._lock:
             if not (len(ids) == 1 and self._is_granted(int(ids[0]), actor, needed)):
@@ -377,12 +333,12 @@ class RegionTable:
 
         Raises as ``hold`` does.
         """
-        ids = self._ids_of(regions)
-        if len(ids):
-            slots = slots_of(ids)
-            with self._lock:
+        ids, needed = self._ids_of(regions), Access.WRITE if write else Access.READ
+        with self._lock:
+            if len(ids) and not (len(ids) == 1 and self._is_granted(int(ids[0]), actor, needed)):
+                slots = slots_of(ids)
                 self._check_alive(ids, slots)
-                self._check_rights(slots, actor, Access.WRITE if write else Access.READ)
+                self._check_rights(slots, actor, needed)
 
     def release(self, holder: str) -> None:
         """Let go of all that a holder holds, and wake who waits for idle regions. An unknown holder is fine."""
@@ -481,12 +437,12 @@ class RegionTable:
             persistent=backing.is_persistent,
         )
 
-    def _own(self, session: SessionId) -> _Owned:
+    def _own(self, session: SessionId) -> Owned:
         number = self._owner_numbers.pop() if self._owner_numbers else len(self._owned)
-        owned = self._owned[session] = _Owned(number)
+        owned = self._owned[session] = Owned(number)
         return owned
 
-    def _record(self, region: int) -> _Record:
+    def _record(self, region: int) -> Record:
         if not self._slots.is_alive(region):
             raise self._slots.absence(region)
         return self._records[slot_of(region)]
@@ -519,7 +475,7 @@ class RegionTable:
         self._check_idle(region)
 
     def _change_owner(
-        self, slots: Sequence[int], records: Sequence[_Record], taker: SessionId, access: Access | None
+        self, slots: Sequence[int], records: Sequence[Record], taker: SessionId, access: Access | None
     ) -> None:
         self.revision += 1
         givers = {self._records[slot].owner for slot in slots}
@@ -557,10 +513,14 @@ class RegionTable:
             raise self._slots.absence(bad) from None
 
     def _is_granted(self, region: int, actor: Actor, needed: Access) -> bool:
-        """Whether one region is there and its access lets an actor use it; an owner's right is not looked at."""
+        """Whether one region is there for an actor: what the two below check of many, without their arrays."""
         slot = slot_of(region)
-        is_there = self._slots.is_alive(region) and not self._slots.closing[slot]
-        return bool(is_there and isinstance(actor, PeerActor) and self._slots.other_rights[slot] & needed.value)
+        if not self._slots.is_alive(region) or self._slots.closing[slot]:
+            return False
+        owned = self._owned.get(actor.session) if isinstance(actor, LocalActor) else None
+        is_own = owned is not None and self._slots.owner[slot] == owned.number
+        rights = self._slots.own_rights[slot] if is_own else self._slots.other_rights[slot]
+        return bool(rights & needed.value)
 
     def _check_alive(self, ids: Column, slots: NDArray[np.intp]) -> None:
         known = slots < self._slots.used
@@ -607,7 +567,7 @@ class RegionTable:
             remedy="wait until the holder has ended, or cancel it",
         )
 
-    def _is_idle(self, owned: _Owned) -> bool:
+    def _is_idle(self, owned: Owned) -> bool:
         return not self._slots.held[owned.as_array()].any()
 
     def _holders_of_slots(self, slots: NDArray[np.intp]) -> tuple[str, ...]:
@@ -616,7 +576,7 @@ class RegionTable:
         return tuple(name for name, holds in self._holds.items() if any(wanted[hold.slots].any() for hold in holds))
 
     @staticmethod
-    def _wake(owned: _Owned) -> None:
+    def _wake(owned: Owned) -> None:
         for loop, future in owned.waiters:
             with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there any more
                 loop.call_soon_threadsafe(_finish, future)
@@ -637,7 +597,7 @@ def _check_span(backing: Backing, nbytes: int) -> None:
         )
 
 
-def _may_see(actor: Actor | None, record: _Record, retired: set[SessionId]) -> bool:
+def _may_see(actor: Actor | None, record: Record, retired: set[SessionId]) -> bool:
     if actor is None or (isinstance(actor, LocalActor) and actor.session == record.owner):
         return True
     return record.info.access is not Access.NONE and record.owner not in retired
