@@ -11,6 +11,7 @@ import sys
 
 import psutil
 import pytest
+from cluster import eventually
 
 from xferd.api.errors import DeadlineExceeded, InternalError
 from xferd.clients.bench._cases import Case, Place
@@ -86,8 +87,9 @@ def fake(tmp_path):
         system.answer_timeout_s = timeout_s
         return system
 
+    before = {child.pid for child in psutil.Process().children(recursive=True)}  # of tests that share a process
     yield make
-    assert not psutil.Process().children(recursive=True)
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
 
 
 def case(op: str = "WRITE", prepared: str = "transfer", place: Place = Place.TCP) -> Case:
@@ -165,14 +167,17 @@ def test_a_peer_that_does_not_answer_is_ended(fake):
 
 @pytest.mark.slow
 def test_idle_processes_are_stopped_so_that_others_have_the_cores(fake):
+    before = {child.pid for child in psutil.Process().children()}
     with fake() as system:
         probe = system.probe(case())
         for visit in (1, 2):
             probe.begin(visit)
             probe.request()
             assert probe.verify() == ""
-            children = psutil.Process().children()
-            assert [child.status() for child in children] == [psutil.STATUS_STOPPED] * 2
+            children = [child for child in psutil.Process().children() if child.pid not in before]
+            assert len(children) == 2
+            # A signal takes its moment, on a busy machine a long one.
+            eventually(lambda them=children: all(each.status() == psutil.STATUS_STOPPED for each in them))
 
 
 @pytest.mark.slow
