@@ -112,6 +112,8 @@ def check(run: Run) -> None:
 async def running(folder: Path, name: str) -> AsyncIterator[str]:
     """Run a daemon with a file root of its own, from READY to its end; yields its admin socket."""
     folder.joinpath("root").mkdir(parents=True)
+    disk = folder / "ssd"
+    disk.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notify:
         notify.bind(str(folder / "notify"))
         settings = [
@@ -119,6 +121,7 @@ async def running(folder: Path, name: str) -> AsyncIterator[str]:
             f"node.name={name}",
             f'files.roots=["{folder / "root"}"]',
             "backends.object.stores.kv.url=memory:///",
+            f'storage_pools=[{{name="ssd", nbytes="16MiB", slab_nbytes="8MiB", directories=[{{path="{disk}"}}]}}]',
         ]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
