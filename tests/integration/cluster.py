@@ -25,6 +25,9 @@ START_TIMEOUT_S = 30.0
 LANES_BOUND = 16
 """Sockets between two nodes: a listener, and a control and two data lanes each way, some of them just closing."""
 
+QUEUES_BOUND = 16
+"""io_uring descriptors of a daemon, a few for each mover thread of files."""
+
 THREADS_BOUND = 36
 """Two movers a backend, six of the default executor, four lanes a peer, and gRPC's own."""
 
@@ -110,14 +113,17 @@ class DaemonProcess:
     def footprint(self) -> dict[str, int]:
         """Return what must not grow: fds, threads, children, pool bytes, regions, holds, sessions, transfers.
 
-        Lanes and mover threads are made when first needed and kept: up to their bounds they are no leak.
+        Lanes, mover threads and their io_uring queues are made when first needed and kept: up to their bounds they are
+        no leak.
         """
         process = psutil.Process(self.process.pid)
         lanes = len(process.net_connections(kind="tcp"))
+        queues = self._io_uring_fds()
         status = self.get("/v1/node")[1]
         pools = self.get("/v1/pools")[1]["pools"]
         return {
-            "fds": process.num_fds() - lanes,
+            "fds": process.num_fds() - lanes - queues,
+            "queues": max(queues, QUEUES_BOUND),
             "lanes": max(lanes, LANES_BOUND),
             "threads": max(process.num_threads(), THREADS_BOUND),
             "children": len(process.children()),
@@ -127,6 +133,13 @@ class DaemonProcess:
             "active": status["transfers_active"],
             "holds": len(self.get("/v1/holds")[1]["holds"]),
         }
+
+    def _io_uring_fds(self) -> int:
+        found = 0
+        for entry in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found += "io_uring" in str(entry.readlink())
+        return found
 
     def stop(self, timeout_s: float = 20.0) -> int:
         """SIGTERM, and wait for the exit status."""

@@ -98,6 +98,7 @@ def _scattered(count, block, seed):
 @pytest.mark.parametrize("movers", [1, 2, 3])
 @pytest.mark.parametrize("block", [1000, 4096, 1 << 20])
 async def test_a_chunk_is_shared_by_idle_movers_and_counted_once(movers, block):
+    before = {t for t in threading.enumerate() if t.name.startswith("xferd-local_")}  # of other tests' backends
     backend = LocalBackend(LocalOptions(movers=movers))
     count = (4 << 20) // block
     left, right = _scattered(count, block, 1), _scattered(count, block, 2)
@@ -113,7 +114,8 @@ async def test_a_chunk_is_shared_by_idle_movers_and_counted_once(movers, block):
     np.testing.assert_array_equal(target.read(), expected)
     counted = backend.statistics()
     assert (counted.chunks, counted.moved_nbytes, counted.busy) == (1, work.nbytes, 0)
-    assert len([t for t in threading.enumerate() if t.name.startswith("xferd-local_")]) == movers
+    started = {t for t in threading.enumerate() if t.name.startswith("xferd-local_")} - before
+    assert len(started) == movers
     await backend.aclose()
 
 
