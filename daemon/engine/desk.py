@@ -180,10 +180,6 @@ class TransferDesk:
         else:
             self._runner.listen(transfer, ended)
 
-    def unlisten(self, transfer: Transfer, ended: Callable[[Transfer], None]) -> None:
-        """Take back what ``listen`` was given; fine if it has been called."""
-        self._runner.unlisten(transfer, ended)
-
     def begin_cancel(self, transfer: Transfer) -> None:
         """Begin to cancel; an ended one keeps its state. ``listen`` tells when it has come to rest."""
         self._runner.cancel(transfer)
