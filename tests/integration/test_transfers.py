@@ -328,6 +328,33 @@ def test_a_running_transfer_keeps_its_regions_from_being_freed(clients) -> None:
         transfer.post()
 
 
+@pytest.mark.parametrize("which", ["source", "target"])
+def test_a_small_transfer_is_not_posted_again_into_memory_that_was_freed(clients, which: str) -> None:
+    a, _ = clients
+    source, target = a.allocate([4096, 4096])
+    with a.transfer("WRITE", source, target, hold=True) as transfer:
+        for _ in range(2):  # the second needs no check any more
+            transfer.post(wait_s=5)
+            assert transfer.status.state is TransferState.DONE
+        {"source": source, "target": target}[which].free()
+        others = a.allocate(4096)  # the same bytes, perhaps, and somebody else's
+        others.array()[:] = 7
+        with pytest.raises((Stale, NotFound)):
+            transfer.post(wait_s=5)
+        assert others.array().min() == 7
+
+
+def test_what_is_posted_again_and_again_is_not_forgotten_as_the_oldest(cluster) -> None:
+    node = cluster.make("few", tcp=False, settings=("limits.max_transfers=3",))
+    with Client.connect(node.session_socket, agent="poster") as client:
+        source, target = client.allocate([4096, 4096])
+        often = client.transfer("WRITE", source, target, hold=True)
+        for _ in range(6):
+            often.post(wait_s=5)
+            assert often.status.state is TransferState.DONE
+            client.write(source, target)
+
+
 def test_explain_and_estimate_change_nothing(clients) -> None:
     a, b = clients
     source, target = b.allocate(1 << 20, access=Access.READ), a.allocate(1 << 20)

@@ -18,8 +18,9 @@ from xferd.api.errors import InvalidArgument, InvalidState, LimitExceeded, NotFo
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.api.proto.session_v1_pb2 import RingOptions
 from xferd.api.ring import CompletionFlag, Kind, Opcode, RingLayout, RingSizes, RingState
-from xferd.api.types import Caller, Notification, SessionId, TransferState
+from xferd.api.types import Caller, Hop, Notification, SessionId, TransferState
 from xferd.daemon.engine.notifications import Inboxes
+from xferd.daemon.engine.plan import Route
 from xferd.daemon.rings.desk import RingDesk
 from xferd.daemon.rings.ring import BATCH
 
@@ -38,7 +39,7 @@ class Transfer:
     def __init__(self, number: int) -> None:
         self.id = f"{number:016x}"
         self.state = TransferState.DONE
-        self.last_routes = ()
+        self.last_routes: tuple[Route, ...] = ()
         self.total_nbytes = self.moved_nbytes = 4096
         self.created_at = self.posted_at = self.started_at = self.first_byte_at = self.ended_at = 1.0
         self.descriptors = self.pieces = 2
@@ -174,6 +175,20 @@ async def test_a_post_is_told_with_its_numbers_and_its_route_once(rig: Rig) -> N
         assert not second[0][4]
         assert os.read(client.signal, 100)
         assert client.taken == 2
+
+
+async def test_a_route_that_says_the_same_has_the_same_number(rig: Rig) -> None:
+    with rig.client() as client:
+        for reason in ("one", "one", "other", "one"):
+            hop = Hop("local", "here", "there", reason)
+            rig.transfers.known[f"{5:016x}"].last_routes = (Route((hop,), 1.0, ("local", ""), 1, True),)
+            client.put(Opcode.POST, 5)
+            await client.ring()
+        ends = [fields for fields, _ in client.take()]
+    routes, flags = [end[18] for end in ends], [end[4] for end in ends]
+    assert routes == [routes[0], routes[0], routes[2], routes[0]]
+    assert routes[0] != routes[2]
+    assert flags == [CompletionFlag.ROUTE, 0, CompletionFlag.ROUTE, 0]
 
 
 async def test_what_cannot_be_done_is_refused_and_the_ring_goes_on(rig: Rig) -> None:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Leg(OpenLeg):
-    def __init__(self, story: list[str], name: str, fails: set[str]) -> None:
-        self.story, self.name, self.fails = story, name, fails
+    def __init__(self, story: list[str], name: str, fails: set[str], moves_short: bool) -> None:
+        self.story, self.name, self.fails, self.moves_short = story, name, fails, moves_short
 
     async def move(self, chunk: Chunk) -> int:
         self.story.append(f"move {chunk.transfer_id}")
-        return chunk.nbytes
+        return chunk.nbytes - self.moves_short
 
     async def commit(self) -> None:
         self.story.append(f"commit {self.name}")
@@ -44,6 +44,7 @@ class Store:
     def __init__(self) -> None:
         self.story: list[str] = []
         self.fails: set[str] = set()
+        self.moves_short = False
         self.gate: asyncio.Event | None = None
         self.opened = 0
 
@@ -52,7 +53,7 @@ class Store:
             await self.gate.wait()
         self.opened += 1
         self.story.append(f"open {scope.nbytes} {scope.source is not None} {scope.target is not None}")
-        return Leg(self.story, f"leg{self.opened}", self.fails)
+        return Leg(self.story, f"leg{self.opened}", self.fails, self.moves_short)
 
 
 class Proof(NoSealer):
@@ -125,6 +126,16 @@ async def test_proof_sees_the_bytes_of_whole_chunks_as_they_pass() -> None:
     nothing = cast("Any", None)
     assert await move(Chunk(nothing, nothing, 10, "x", "c")) == 10
     assert store.story[-3:] == ["move x", "arrived reading True", "passed ticket"]
+
+
+async def test_proof_does_not_see_a_chunk_that_moved_in_part() -> None:
+    store = Store()
+    store.moves_short = True
+    one = passage(store, 1, sealer=Proof(store.story))
+    [move] = await one.moves(0, route("s"))
+    nothing = cast("Any", None)
+    assert await move(Chunk(nothing, nothing, 10, "x", "c")) == 9
+    assert store.story[-1] == "move x"
 
 
 async def test_where_one_commit_fails_the_rest_is_dropped() -> None:
