@@ -99,7 +99,6 @@ class TransferDesk:
         self._keep_plans_nbytes = keep_plans_nbytes
         self._kept_plans: OrderedDict[TransferId, int] = OrderedDict()
         self._kept_nbytes = 0
-        self._holding: set[TransferId] = set()
         self._checked: dict[TransferId, int] = {}
         self._by_session: dict[SessionId, OrderedDict[TransferId, Transfer]] = {}
         self._keys: dict[tuple[SessionId, str], tuple[TransferId, bytes]] = {}
@@ -284,12 +283,12 @@ class TransferDesk:
 
     def on_ended(self, transfer: Transfer) -> None:
         """Take note that a transfer has come to rest; the runner calls it before it wakes anyone."""
-        if transfer.id in self._holding:
-            self._holding.discard(transfer.id)
-            self._regions.release(_holder(transfer))
+        self._regions.release(_holder(transfer))
         self.counters.ended[transfer.state] += 1
         self.counters.moved_nbytes += transfer.moved_nbytes
-        if transfer.plan is not None and transfer.id not in self._kept_plans:
+        if transfer.id in self._kept_plans:  # it moved at once, and its plan was never out of this book
+            self._kept_plans.move_to_end(transfer.id)
+        elif transfer.plan is not None:
             self._keep_plan(transfer.id, transfer.plan.memory_nbytes)
         if transfer.state is TransferState.FAILED:
             log.warning(
@@ -379,8 +378,7 @@ class TransferDesk:
         try:
             self._runner.post(transfer)
         except XferdError:
-            if not transfer.is_active and transfer.id in self._holding:
-                self._holding.discard(transfer.id)
+            if not transfer.is_active:
                 self._regions.release(_holder(transfer))
             raise
         self._unkeep_plan(transfer.id)
@@ -402,7 +400,6 @@ class TransferDesk:
         except XferdError:
             self._regions.release(holder)
             raise
-        self._holding.add(transfer.id)
 
     def _each_side(self, transfer: Transfer, look: _Look) -> None:
         """Look at the regions of this node on either side of a transfer."""

@@ -355,6 +355,17 @@ def test_what_is_posted_again_and_again_is_not_forgotten_as_the_oldest(cluster) 
             client.write(source, target)
 
 
+def test_the_plan_of_what_is_posted_again_and_again_is_not_dropped_as_the_oldest(cluster) -> None:
+    node = cluster.make("brief", tcp=False, settings=("transfers.keep_plans=100",))  # three small plans
+    with Client.connect(node.session_socket, agent="poster") as client:
+        source, target = client.allocate([4096, 4096])
+        often = client.transfer("WRITE", source, target, hold=True)
+        for _ in range(12):
+            often.post(wait_s=5)
+            assert often.status.state is TransferState.DONE
+            client.write(source, target)
+
+
 def test_explain_and_estimate_change_nothing(clients) -> None:
     a, b = clients
     source, target = b.allocate(1 << 20, access=Access.READ), a.allocate(1 << 20)
