@@ -61,19 +61,21 @@ class Passage:
     async def commit(self) -> None:
         """Make visible and prove what was moved; all chunks have moved.
 
+        What was read is compared first: bytes that are not what was stored must not appear elsewhere as good ones.
+
         Raises:
             XferdError: what the first that failed said; the others are aborted.
         """
         legs, self._open = list(self._open.values()), {}
         ticket, self._ticket = self._ticket, None
         try:
+            if self._reading is not None:
+                await self._sealer.finish(self._reading)
             while legs:
                 await legs.pop(0).commit()
             if ticket is not None:
                 proven, ticket = ticket, None  # sealing ends it, whatever comes of it
                 await self._sealer.seal(proven)
-            if self._reading is not None:
-                await self._sealer.finish(self._reading)
         finally:
             await self._drop(legs, ticket)
 
