@@ -133,10 +133,9 @@ def _add_pace(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_output(group: argparse._ArgumentGroup) -> None:
+def add_documents(group: argparse._ActionsContainer) -> None:
+    """Add where results go that every command of the benchmark knows."""
     group.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
-    group.add_argument("--csv", type=Path, metavar="FILE", help="write rows as CSV")
-    group.add_argument("--plot", type=Path, metavar="FILE", help="draw into an .svg or .png (needs matplotlib)")
     group.add_argument(
         "--write-docs",
         type=Path,
@@ -145,6 +144,12 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help=f"put tables, date and machine between the markers of a file (default {DOCS})",
     )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    add_documents(group)
+    group.add_argument("--csv", type=Path, metavar="FILE", help="write rows as CSV")
+    group.add_argument("--plot", type=Path, metavar="FILE", help="draw into an .svg or .png (needs matplotlib)")
 
 
 def _read(parse: Callable[[str], T]) -> Callable[[str], T]:

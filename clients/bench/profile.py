@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import XferdError
 from xferd.clients.bench._documents import rewrite
 from xferd.clients.bench._environment import environment
-from xferd.clients.bench._options import DOCS, positive
+from xferd.clients.bench._options import add_documents, positive
 from xferd.clients.bench._stages import Profile, profile
 from xferd.clients.bench._tables import as_markdown, show
 
@@ -85,15 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The stamps cost some of the time that they show: compare the two whole times.",
     )
     made.add_argument("--requests", type=positive, default=3000, metavar="N", help="to measure (3000)")
-    made.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
-    made.add_argument(
-        "--write-docs",
-        type=Path,
-        nargs="?",
-        const=DOCS,
-        metavar="FILE",
-        help=f"put tables, date and machine between the markers of a file (default {DOCS})",
-    )
+    add_documents(made)
     return made
 
 

@@ -33,7 +33,7 @@ from xferd.api.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from xferd.api.types import RegisterFileRequest
+    from xferd.api.types import RegisterFileRequest, RegisterObjectRequest
 
 _SYS_OPENAT2 = 437  # the same on every architecture
 _RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x01, 0x02, 0x04, 0x08
@@ -103,14 +103,8 @@ class FileRoots:
             OutOfBounds: the file is smaller than ``nbytes``, and ``create`` is not set.
             PoolExhausted: the file system is full.
         """
-        _check_flags(request)
-        root, parts = self._place(request.path)
-        try:
-            root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as exc:
-            raise NotFound(
-                f"the files root {root} cannot be opened: {exc.strerror}", remedy="create it, or change files.roots"
-            ) from exc
+        check_flags(request, "a created file")
+        root_fd, parts = self._open_root(request.path)
         try:
             fd, created = self._open(root_fd, parts, request)
             try:
@@ -131,13 +125,7 @@ class FileRoots:
             PermissionDenied: as ``open_path`` does.
             InvalidArgument: it is not a regular file.
         """
-        root, parts = self._place(path)
-        try:
-            root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as exc:
-            raise NotFound(
-                f"the files root {root} cannot be opened: {exc.strerror}", remedy="create it, or change files.roots"
-            ) from exc
+        root_fd, parts = self._open_root(path)
         try:
             # O_PATH asks for no right to the file itself, as stat does not; of a symlink it opens the link.
             fd = self._open_below(root_fd, parts, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -154,6 +142,16 @@ class FileRoots:
         if not stat.S_ISREG(status.st_mode):
             raise _not_regular(path)
         return status
+
+    def _open_root(self, path: str) -> tuple[int, tuple[str, ...]]:
+        """Open the root of a path; return the descriptor, for the caller to close, and the components below it."""
+        root, parts = self._place(path)
+        try:
+            return os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), parts
+        except OSError as exc:
+            raise NotFound(
+                f"the files root {root} cannot be opened: {exc.strerror}", remedy="create it, or change files.roots"
+            ) from exc
 
     def _place(self, path: str) -> tuple[Path, tuple[str, ...]]:
         """Return the root of a path, and the components below it; purely by names."""
@@ -229,14 +227,19 @@ class FileRoots:
         return InvalidArgument(f"file {path!r}: {exc.strerror}", limit="a regular file", remedy="check the path")
 
 
-def _check_flags(request: RegisterFileRequest) -> None:
+def check_flags(request: RegisterFileRequest | RegisterObjectRequest, created: str) -> None:
+    """Check that size and flags of a registration do not contradict each other; ``created`` names what may be made.
+
+    Raises:
+        InvalidArgument: they do.
+    """
     if request.nbytes < 0 or request.nbytes >= 1 << 63:
         raise InvalidArgument(f"nbytes {request.nbytes}", limit="0 to 2**63 - 1", remedy="give the size in bytes")
     if request.create and not (request.writable and request.nbytes):
         raise InvalidArgument(
             f"create with writable={request.writable} and nbytes={request.nbytes}",
             limit="writable and nbytes",
-            remedy="a created file needs writable=true and its size",
+            remedy=f"{created} needs writable=true and its size",
         )
 
 

@@ -18,6 +18,7 @@ from xferd.api.errors import (
 )
 from xferd.api.types import MemoryKind, ObjectEntry, ObjectPage, QueryResult, RegionSource
 from xferd.daemon.memory.backing import Backing
+from xferd.daemon.memory.files import check_flags
 from xferd.daemon.sessions.caller import session_of
 from xferd.plugins.base import ObjectSpace, ObjectVersion
 
@@ -71,7 +72,7 @@ class ObjectDesk:
     async def register_object(self, caller: Caller, request: RegisterObjectRequest) -> RegionInfo:
         """Register an object at its present version."""
         session, catalog = session_of(caller), self._stores()
-        _check_flags(request)
+        check_flags(request, "an object that is to be created")
         if request.writable:
             catalog.check_writable(request.store)
         facts = await catalog.find_object(request.store, request.key)
@@ -164,17 +165,6 @@ class ObjectDesk:
 def _check_caller(caller: Caller) -> None:
     if not caller.admin:
         session_of(caller)
-
-
-def _check_flags(request: RegisterObjectRequest) -> None:
-    if request.nbytes < 0 or request.nbytes >= 1 << 63:
-        raise InvalidArgument(f"nbytes {request.nbytes}", limit="0 to 2**63 - 1", remedy="give the size in bytes")
-    if request.create and not (request.writable and request.nbytes):
-        raise InvalidArgument(
-            f"create with writable={request.writable} and nbytes={request.nbytes}",
-            limit="writable and nbytes",
-            remedy="an object that is to be created needs writable=true and its size",
-        )
 
 
 def _size(request: RegisterObjectRequest, facts: ObjectFacts | None) -> int:
