@@ -69,10 +69,7 @@ def parts_of(chunk: Chunk, count: int) -> list[tuple[Extent, Extent]]:
 class LocalOptions(Options):
     """``[backends.local]``: ``movers`` is the number of threads, and so of chunks that move at once.
 
-    ``nice`` is added to their nice value. Measured on two busy cores, a request of a few bytes to the event loop beside
-    both movers copying, 25 rounds in turn: p50 and p90 fall by a fifth to a third at 5, by a third to two fifths at 10,
-    and the movers copy as much. SCHED_BATCH for the movers, a shorter slice for the loop, and
-    ``sys.setswitchinterval`` changed nothing that could be told from noise.
+    ``nice`` is added to their nice value, so that on a full machine the event loop gets a core before them.
     """
 
     movers: int = Field(2, ge=1, le=64)

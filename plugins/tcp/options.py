@@ -21,9 +21,9 @@ log = structlog.get_logger("xferd.tcp")
 class TcpOptions(Options):
     """``[backends.tcp]``: how this node reaches others and is reached.
 
-    Why two bulk lanes: on two idle cores over loopback (November 2026) READ and WRITE of 64 KiB x 1024 made 2.0 and
-    2.4 GB/s over one lane, 2.8 and 3.4 over two; 256 MiB x 1 made 2.5 and 2.5 over one, 3.1 and 3.6 over two. Measure
-    your network with ``tools/bench_lanes.py``.
+    Two bulk lanes, because one connection is one core's work on either side. On two idle cores over loopback, where all
+    four sides share them, one lane and two are equally fast (2.5 to 3.1 GB/s for 64 KiB x 1024 and 256 MiB x 1,
+    November 2026). Measure your network with ``tools/bench_lanes.py``.
 
     Not used: SO_BUSY_POLL needs the receive queue of a network card, which loopback has not; MSG_ZEROCOPY falls back
     to a copy on loopback; TCP_NOTSENT_LOWAT bounds what waits in a lane's own socket, where nothing small waits.
