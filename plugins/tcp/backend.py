@@ -66,14 +66,14 @@ class TcpBackend(TcpTransport, Backend):
         return ROUND_TRIP_S + nbytes / BYTES_PER_S + pieces * PIECE_S
 
     def slots(self, source: Space, target: Space) -> int:
-        """Return the number of bulk lanes to one peer."""
-        return self._options.lanes
+        """Return how many chunks the bulk lanes to one peer take, moving or next in line."""
+        return self._options.lanes * self._options.depth
 
     def slot_class(self, source: Space, target: Space, nbytes: int, pieces: int) -> SlotClass:
         """Return "small" for what goes over the small lanes: it never waits for a slot behind bulk chunks."""
         if self._is_small(nbytes, pieces):
             return SlotClass("small", self._options.small_lanes)
-        return SlotClass("", self._options.lanes)
+        return SlotClass("", self.slots(source, target))
 
     def _is_small(self, nbytes: int, pieces: int) -> bool:
         return bool(self._options.small_lanes) and nbytes <= self._options.small and pieces <= SMALL_PIECES
@@ -87,8 +87,8 @@ class TcpBackend(TcpTransport, Backend):
     async def move(self, chunk: Chunk) -> int:
         """Move one chunk over a data lane of the peer, which must be connected.
 
-        Cancelled: the exchange may end within ``abort_grace``, else its lane is cut and the peer is asked to
-        confirm that it rests; the cancellation goes on after that.
+        Cancelled before the lane began it, nothing happens. Else the exchange may end within ``abort_grace``, or its
+        lane is cut and the peer is asked to confirm that it rests; the cancellation goes on after that.
         """
         is_write = isinstance(chunk.target.space, RemoteSpace)
         remote, local = (chunk.target, chunk.source) if is_write else (chunk.source, chunk.target)
@@ -100,7 +100,7 @@ class TcpBackend(TcpTransport, Backend):
         exchange = Exchange.of(chunk, remote, local, peer.identity.epoch, is_write=is_write)
         self._counts.busy += 1
         try:
-            lane = await pool.acquire()
+            lane = await pool.acquire(chunk.transfer_id)
             try:
                 moved = await self._exchange(peer, lane, exchange)
             finally:
@@ -135,6 +135,8 @@ class TcpBackend(TcpTransport, Backend):
         except asyncio.CancelledError:
             if not ticket.result.cancelled():
                 ticket.result.exception()  # it ended as we were cancelled, and nobody else asks how
+            if ticket.claim():
+                raise  # the lane has not begun it, and will not
             await self._see_through(self._bring_to_rest(peer, lane, ticket, exchange))
             raise
         except XferdError:

@@ -1,10 +1,12 @@
-"""Bulk data lanes that this node opened: one blocking socket and one thread each, one exchange at a time."""
+"""Bulk data lanes that this node opened: a blocking socket and a thread each, exchanges in line."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
 import threading
+from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -26,8 +28,24 @@ if TYPE_CHECKING:
 log = structlog.get_logger("xferd.tcp")
 
 
+WIRE_DEPTH = 2
+"""Exchanges of a lane whose requests are sent: one that moves, and one that the peer goes on with at once."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    exchange: Exchange
+    ticket: Ticket
+
+
 class ClientLane:
-    """One data connection to a peer, with its thread. The thread leaves when the lane is no longer good."""
+    """One data connection to a peer, with its thread. The thread leaves when the lane is no longer good.
+
+    Exchanges end in the order in which they were given to it. The request of the next one is sent before the answer to
+    the last one is complete, so that neither side waits for a round trip between two: the payload of a WRITE goes
+    behind that of another, and the request of a READ as soon as there is one. Not the payload of a WRITE behind the
+    request of a READ: both sides would send, neither would receive.
+    """
 
     def __init__(
         self,
@@ -45,26 +63,31 @@ class ClientLane:
         self.left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._on_left = on_left
         self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[tuple[Exchange, Ticket] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._held: _Job | None = None
+        self._under_way: deque[tuple[_Job, Answers]] = deque()
         self._request_id = 0
         self._nice = options.nice
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
     def submit(self, exchange: Exchange) -> Ticket:
-        """Give the thread an exchange; on the loop, one at a time."""
+        """Give the thread an exchange; on the loop."""
         ticket = Ticket(self._loop)
-        self._jobs.put((exchange, ticket))
+        if self.is_good:
+            self._jobs.put(_Job(exchange, ticket))
+        else:  # the thread has left, or is about to
+            ticket.settle(0, self._not_begun())
         return ticket
 
     def abort(self, reason: str) -> None:
-        """End the lane: an exchange under way fails, the thread leaves. Twice is fine."""
+        """End the lane: exchanges under way fail, the thread leaves. Twice is fine."""
         self.is_good = False
         self.stream.abort(reason)
         self._jobs.put(None)
 
     def is_quiet(self) -> bool:
-        """Whether the lane is up with nothing to read, as it must be between two exchanges."""
+        """Whether the lane is up with nothing to read, as it must be while it is idle."""
         return self.stream.is_quiet()
 
     # ---------------------------------------------------------------------------------- in the thread
@@ -72,52 +95,88 @@ class ClientLane:
     def _run(self) -> None:
         give_way(self._nice)
         try:
-            while self.is_good and (job := self._jobs.get()) is not None:
-                self._perform(*job)
+            while self.is_good and self._begin_what_may():
+                self._finish()
+        except XferdError as exc:
+            self._fail(exc)
+        except Exception as exc:
+            # A bug must not leave a mover waiting for ever; the lane is out of step.
+            causes = [job.exchange.request.cause_id for job, _ in self._under_way]
+            log.exception("data lane failed", peer=self.peer.node, cause_id=causes)
+            error = InternalError(f"data lane to {self.peer.node!r}: {type(exc).__name__}: {exc}")
+            error.__cause__ = exc
+            self._fail(error)
+        else:
+            self._fail(PeerLost("the data lane was closed"))  # between two exchanges, with the next one begun
         finally:
             self.is_good = False
             self.stream.close()
             self._loop.call_soon_threadsafe(self._leave)
 
-    def _perform(self, exchange: Exchange, ticket: Ticket) -> None:
-        error: XferdError | None = None
-        moved = 0
-        try:
-            moved, error = self._exchange(exchange)
-        except XferdError as exc:
-            self.is_good = False
-            error = explain(exc, self.peer.node, self.stream.reason)
-        except Exception as exc:
-            # A bug must not leave the mover waiting for ever; the lane is out of step.
-            self.is_good = False
-            log.exception("data lane failed", peer=self.peer.node, cause_id=exchange.request.cause_id)
-            error = InternalError(f"data lane to {self.peer.node!r}: {type(exc).__name__}: {exc}")
-            error.__cause__ = exc
-        self._loop.call_soon_threadsafe(ticket.settle, moved, error)
+    def _fail(self, error: XferdError) -> None:
+        self.is_good = False
+        for job, _ in self._under_way:
+            told = explain(error, self.peer.node, self.stream.reason)
+            self._loop.call_soon_threadsafe(job.ticket.settle, 0, told)
 
-    def _exchange(self, exchange: Exchange) -> tuple[int, XferdError | None]:
-        """Return the bytes moved and the peer's error; what is raised leaves the lane out of step."""
-        self._request_id += 1
-        self.stream.send(
-            FrameType.DATA_REQUEST, exchange.request, request_id=self._request_id, payload=exchange.payload
-        )
-        answers = Answers(exchange, self._request_id, self.peer.node)
+    def _begin_what_may(self) -> bool:
+        """Begin exchanges as long as there are some and they may go; returns False when the lane is to end."""
+        while len(self._under_way) < WIRE_DEPTH and (job := self._next()) is not None:
+            answers = Answers(job.exchange, self._request_id + 1, self.peer.node)
+            is_early = bool(self._under_way)
+            self._under_way.append((job, answers))
+            self._request_id += 1
+            request, payload = job.exchange.request, job.exchange.payload
+            send = self.stream.send_early if is_early and payload is None else self.stream.send
+            send(FrameType.DATA_REQUEST, request, request_id=self._request_id, payload=payload)
+        return bool(self._under_way)
+
+    def _next(self) -> _Job | None:
+        """Return what to begin next; waits where nothing is under way, and returns None where there is nothing."""
+        while True:
+            job, self._held = self._held, None
+            if job is None:
+                try:
+                    job = self._jobs.get(block=not self._under_way)
+                except queue.Empty:
+                    return None
+            if job is None:
+                return None
+            if self._under_way and job.exchange.is_write and not self._under_way[-1][0].exchange.is_write:
+                self._held = job
+                return None
+            if job.ticket.claim():  # else it was withdrawn
+                return job
+
+    def _finish(self) -> None:
+        """Receive the answers to the first exchange under way; what is raised leaves the lane out of step."""
+        job, answers = self._under_way[0]
+        if len(self._under_way) == 1:
+            self.stream.flush()
         while True:
             head = self.stream.receive_head(answers.limits())
             if head is None:
                 raise PeerLost("the peer closed the data lane")
             window = answers.take(*head)
             if window is None:
-                return answers.outcome
+                break
             self.stream.receive_payload(window)
+        self._under_way.popleft()
+        self._loop.call_soon_threadsafe(job.ticket.settle, *answers.outcome)
 
     # ------------------------------------------------------------------------------------ on the loop
 
     def _leave(self) -> None:
         self.thread.join()  # it has nothing left to do
-        while not self._jobs.empty():  # given to a lane that had just broken: nothing of it was sent
-            if (job := self._jobs.get_nowait()) is not None:
-                job[1].settle(0, PeerLost(f"node {self.peer.node!r}: {self.stream.reason or 'lane broke'}"))
+        left = [self._held]
+        while not self._jobs.empty():
+            left.append(self._jobs.get_nowait())
+        for job in left:  # given to a lane that had just broken: nothing of it was sent
+            if job is not None and job.ticket.claim():
+                job.ticket.settle(0, self._not_begun())
         if not self.left.done():
             self.left.set_result(None)
         self._on_left(self)
+
+    def _not_begun(self) -> PeerLost:
+        return PeerLost(f"node {self.peer.node!r}: {self.stream.reason or 'lane broke'}")

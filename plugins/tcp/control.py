@@ -21,8 +21,7 @@ from xferd.api.errors import (
     ProtocolViolation,
     XferdError,
 )
-from xferd.api.proto import peer_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2 as xferd_pb
+from xferd.api.proto import peer_v1_pb2 as pb, xferd_v1_pb2 as xferd_pb
 from xferd.plugins.tcp.frames import CONTROL_LIMITS, Frame, FrameParser, FrameType, decode_control, encode_frame
 
 if TYPE_CHECKING:

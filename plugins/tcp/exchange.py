@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from xferd.api import wire
 from xferd.api.errors import LimitExceeded, PeerLost, ProtocolViolation, ShortTransfer, XferdError
-from xferd.api.proto import peer_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2 as xferd_pb
+from xferd.api.proto import peer_v1_pb2 as pb, xferd_v1_pb2 as xferd_pb
 from xferd.plugins import vectored
 from xferd.plugins.tcp.frames import FrameLimits, FrameType, Header, decode_control
 
@@ -52,6 +51,7 @@ class Exchange:
             nbytes=remote.iov[:, 1].astype("<u8", copy=False).tobytes(),
             total_nbytes=chunk.nbytes,
             agent=chunk.agent,
+            verify=chunk.verify,
         )
         return cls(request, local.iov, is_write)
 

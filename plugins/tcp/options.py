@@ -21,9 +21,9 @@ log = structlog.get_logger("xferd.tcp")
 class TcpOptions(Options):
     """``[backends.tcp]``: how this node reaches others and is reached.
 
-    Two bulk lanes, because one connection is one core's work on either side. On two idle cores over loopback, where all
-    four sides share them, one lane and two are equally fast (2.5 to 3.1 GB/s for 64 KiB x 1024 and 256 MiB x 1,
-    November 2026). Measure your network with ``tools/bench_lanes.py``.
+    Two bulk lanes, because one connection is one core's work on either side. Three chunks in line on each: one that
+    moves, one whose request is sent, and one for the thread to go on with while the loop learns of the first one's end.
+    Measure your network with ``tools/bench_lanes.py``. Of congestion control see ``sockets.py``.
 
     Not used: SO_BUSY_POLL needs the receive queue of a network card, which loopback has not; MSG_ZEROCOPY falls back
     to a copy on loopback; TCP_NOTSENT_LOWAT bounds what waits in a lane's own socket, where nothing small waits.
@@ -32,7 +32,8 @@ class TcpOptions(Options):
     listen: str = Field("", description='"host:port" to accept peers at; empty: only call others')
     advertise: str = Field("", description='"host:port" that peers are told; empty: where we listen')
     secret_file: str = Field("", description="file with the cluster secret, at least 16 bytes, the same on all nodes")
-    lanes: int = Field(2, ge=1, le=64, description="data lanes that we open to each peer: chunks at once")
+    lanes: int = Field(2, ge=1, le=64, description="data lanes that we open to each peer: chunks that move at once")
+    depth: int = Field(3, ge=1, le=16, description="chunks of one transfer that a data lane has, all but one in line")
     small_lanes: int = Field(2, ge=0, le=16, description="further data lanes to each peer, for small chunks only")
     small: Nbytes = Field(64 << 10, le=1 << 20, description="largest chunk that goes over the small lanes")
     max_lanes: int = Field(64, ge=1, le=4096, description="data lanes that we accept from all peers: threads")
@@ -51,6 +52,9 @@ class TcpOptions(Options):
     peer_timeout: Seconds = Field(8.0, gt=0, description="a peer that is silent for so long is lost")
     sndbuf: Nbytes = Field(0, description="SO_SNDBUF of data lanes; 0: the kernel's tuning")
     rcvbuf: Nbytes = Field(0, description="SO_RCVBUF of data lanes; 0: the kernel's tuning")
+    congestion: str = Field(
+        "auto", description='TCP congestion control; "auto": Reno within a host, else the system\'s; "": the system\'s'
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ import structlog
 
 from xferd.api import wire
 from xferd.api.errors import Cancelled, InternalError, PeerLost, ProtocolViolation, ShortTransfer, XferdError
-from xferd.api.proto import peer_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2 as xferd_pb
+from xferd.api.proto import peer_v1_pb2 as pb, xferd_v1_pb2 as xferd_pb
 from xferd.api.types import TransferOp
 from xferd.plugins import vectored
 from xferd.plugins.tcp.frames import FrameLimits, FrameType, decode_control

@@ -93,6 +93,7 @@ class SmallLane:
     def submit(self, exchange: Exchange) -> Ticket:
         """Send the request and return at once; one at a time."""
         ticket = Ticket(self._loop)
+        ticket.claim()
         if not self.is_good:
             ticket.settle(0, PeerLost(f"node {self.peer.node!r}: {self._reason or 'lane broke'}"))
             return ticket

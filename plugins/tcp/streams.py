@@ -170,6 +170,7 @@ class BlockingStream:
         self._fd = sock.fileno()
         self._ahead = ReadAhead()
         self._heads = FrameHeads()
+        self._unsent: IovTable | None = None
         self.reason = ""
         self.sent_nbytes = 0
         self.received_nbytes = 0
@@ -192,10 +193,31 @@ class BlockingStream:
         self, frame_type: FrameType, message: Message, *, request_id: int, payload: IovTable | None = None
     ) -> None:
         """Send a frame, payload included, in as few system calls as there are."""
+        self.flush()
         nbytes = 0 if payload is None else vectored.total_nbytes(payload)
         head = encode_frame(frame_type, message, request_id=request_id, payload_nbytes=nbytes)
         vectored.send_all(self._fd, self._heads.table(head, payload), turn_nbytes=self._turn_nbytes)
         self.sent_nbytes += nbytes
+
+    def send_early(
+        self, frame_type: FrameType, message: Message, *, request_id: int, payload: IovTable | None = None
+    ) -> None:
+        """Send as much of a frame as goes without waiting; ``flush`` sends the rest, and so does the next frame.
+
+        For a frame that is sent while the other side sends too: if this waited, and the other side's buffer were
+        full, both would wait for ever.
+        """
+        assert payload is None, "only what is small goes early"
+        self.flush()
+        head = encode_frame(frame_type, message, request_id=request_id)
+        rest = vectored.send_now(self._fd, self._heads.table(head, None))
+        self._unsent = rest if len(rest) else None
+
+    def flush(self) -> None:
+        """Send what ``send_early`` left."""
+        if self._unsent is not None:
+            vectored.send_all(self._fd, self._unsent)
+            self._unsent = None
 
     def send_payload(self, payload: IovTable, *, request_id: int) -> int:
         """Send a DATA frame, which has no control part; returns the payload's size. Another frame must follow."""

@@ -75,7 +75,8 @@ class TcpTransport(PeerTransport):
     # ------------------------------------------------------------------------------------- life
 
     def _open(self) -> None:
-        """Read what is needed before the first peer."""
+        """Read and check what is needed before the first peer."""
+        sockets.check_congestion(self._options.congestion)
         self._secret = self._secret or read_secret(self._options.secret_file)
 
     async def _close(self, reason: str) -> None:
@@ -119,7 +120,7 @@ class TcpTransport(PeerTransport):
             return ()
         wanted = Address.parse(self._options.listen)
         try:
-            self._listener = await sockets.listen(wanted, backlog=self._options.max_handshakes)
+            self._listener = await sockets.listen(wanted, self._options)
         except OSError as exc:
             raise ConfigError(f"cannot listen at {wanted}: {exc.strerror}", remedy="set backends.tcp.listen") from exc
         bound = Address(wanted.host, self._listener.getsockname()[1])
@@ -193,7 +194,7 @@ class TcpTransport(PeerTransport):
     ) -> tuple[socket.socket, PeerIdentity, pb.Welcome]:
         try:
             async with asyncio.timeout(self._options.connect_timeout):
-                sock = await sockets.dial(address)
+                sock = await sockets.dial(address, self._options)
                 try:
                     sockets.tune(sock, self._options, is_data=lane == pb.LANE_KIND_DATA)
                     shaking = ClientHandshake(self._secret, self._at_home().me, lane, expected)
@@ -234,7 +235,7 @@ class TcpTransport(PeerTransport):
         peer = home.peers.add_control(lane)
         limits = PeerLimits(welcome.max_frame_nbytes, welcome.max_descriptors)
         peer.addresses.add(str(address))
-        peer.pool = LanePool(self._options.lanes, lambda: self._dial_bulk(peer, address, limits))
+        peer.pool = LanePool(self._options.lanes, lambda: self._dial_bulk(peer, address, limits), self._options.depth)
         if self._options.small_lanes:
             peer.small = LanePool(self._options.small_lanes, lambda: self._dial_small(peer, address, limits))
         self._run_control(lane)

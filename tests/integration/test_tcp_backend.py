@@ -25,6 +25,7 @@ import pytest
 from xferd.api.errors import (
     AlreadyExists,
     Cancelled,
+    ConfigError,
     DeadlineExceeded,
     InternalError,
     LimitExceeded,
@@ -39,8 +40,7 @@ from xferd.api.errors import (
     Unauthenticated,
     Unavailable,
 )
-from xferd.api.proto import peer_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2 as xferd_pb
+from xferd.api.proto import peer_v1_pb2 as pb, xferd_v1_pb2 as xferd_pb
 from xferd.api.types import NodeInfo, TransferOp
 from xferd.plugins import vectored
 from xferd.plugins.base import Chunk, Extent, MappedSpace, PeerIdentity, RemoteSpace
@@ -793,15 +793,110 @@ async def test_a_chunk_cancelled_while_it_waits_for_a_lane_never_starts(make_nod
     theirs, mine = noise(MIB), np.zeros(MIB, dtype=np.uint8)
     a, b = await pair_of(make_node, theirs, lanes=1)
     b.handler.gate_at = 0
-    work = chunk(remote_extent(b, 0, MIB), local_extent(mine))
-    first, second = (asyncio.create_task(a.backend.move(work)) for _ in range(2))
+    works = [chunk(remote_extent(b, 0, MIB), local_extent(mine), name) for name in ("t-1", "t-2")]
+    first, second = (asyncio.create_task(a.backend.move(work)) for work in works)
     await asyncio.to_thread(b.handler.entered.wait)
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
     b.handler.gate.set()
     assert await first == MIB
-    assert await a.backend.move(work) == MIB
+    assert await a.backend.move(works[1]) == MIB
+
+
+@pytest.mark.parametrize("op", ["READ", "WRITE"])
+async def test_chunks_of_one_transfer_in_line_on_a_lane_all_arrive(make_node: MakeNode, op: str) -> None:
+    """They end in order, over one lane, with requests larger than the sockets' buffers: nobody waits for ever."""
+    count = 12
+    theirs, mine = noise(count * MIB), noise(count * MIB, seed=2)
+    a, b = await pair_of(make_node, theirs, lanes=1, sndbuf="64KiB", rcvbuf="64KiB")
+    ended: list[int] = []
+
+    async def move(number: int) -> None:
+        remote = remote_extent(b, number * MIB + np.arange(0, MIB, 64), 64)  # 384 KiB of columns
+        local = local_extent(mine[number * MIB :][:MIB])
+        assert await a.backend.move(chunk(remote, local) if op == "READ" else chunk(local, remote)) == MIB
+        ended.append(number)
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        for number in range(count):
+            group.create_task(move(number))
+    assert ended == list(range(count))
+    assert np.array_equal(mine, theirs)
+    assert a.backend.statistics().slots == 1
+
+
+async def test_a_read_may_stand_in_line_before_a_write(make_node: MakeNode) -> None:
+    """The payload of a WRITE behind a READ's request would have both sides send and neither receive."""
+    theirs, mine = noise(32 * MIB), noise(32 * MIB, seed=2)
+    expected = mine[16 * MIB :].copy()
+    a, b = await pair_of(make_node, theirs, lanes=1, sndbuf="64KiB", rcvbuf="64KiB")
+    pull = chunk(remote_extent(b, 0, 16 * MIB), local_extent(mine[: 16 * MIB]))
+    push = chunk(local_extent(mine[16 * MIB :]), remote_extent(b, 16 * MIB, 16 * MIB))
+    async with asyncio.timeout(60):
+        assert await asyncio.gather(*map(a.backend.move, (pull, push, pull))) == [16 * MIB] * 3
+    assert np.array_equal(mine[: 16 * MIB], theirs[: 16 * MIB])
+    assert np.array_equal(theirs[16 * MIB :], expected)
+
+
+async def test_a_chunk_in_line_on_a_lane_is_withdrawn_and_the_lane_stays(make_node: MakeNode) -> None:
+    theirs, mine = noise(MIB), np.zeros(MIB, dtype=np.uint8)
+    a, b = await pair_of(make_node, theirs, lanes=1)
+    b.handler.gate_at = 0
+    work = chunk(remote_extent(b, 0, MIB), local_extent(mine))
+    moving = [asyncio.create_task(a.backend.move(work)) for _ in range(3)]
+    await asyncio.to_thread(b.handler.entered.wait)
+    moving[2].cancel()  # the request of the second is sent, this one is in line behind it
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(moving[2], 0.3)  # less than the grace after which a lane is cut
+    b.handler.gate_at = -1
+    b.handler.gate.set()
+    assert await asyncio.gather(*moving[:2]) == [MIB, MIB]
+    assert b.handler.quiesced == []
+
+
+async def test_transfers_do_not_share_a_lane(make_node: MakeNode) -> None:
+    """Who waits for a lane is served before chunks of the transfer that has it, and is not harmed when that is cut."""
+    theirs, mine = noise(MIB), np.zeros(MIB, dtype=np.uint8)
+    a, b = await pair_of(make_node, theirs, lanes=1, abort_grace="100ms")
+    b.handler.gate_at = 0
+    work, other = (chunk(remote_extent(b, 0, MIB), local_extent(mine), name) for name in ("t-1", "t-2"))
+    moving = [asyncio.create_task(a.backend.move(work)) for _ in range(2)]
+    await asyncio.to_thread(b.handler.entered.wait)
+    waiting = asyncio.create_task(a.backend.move(other))
+    behind = asyncio.create_task(a.backend.move(work))
+    for task in (*moving, behind):
+        task.cancel()
+    await asyncio.to_thread(b.handler.gate.wait, 0.3)  # past the grace: the lane is cut
+    b.handler.gate_at = -1
+    b.handler.gate.set()
+    for task in (*moving, behind):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert await waiting == MIB
+    assert np.array_equal(mine, theirs)
+
+
+async def test_lanes_within_a_host_do_not_pace(make_node: MakeNode) -> None:
+    """Both ends use Reno by themselves, what is configured when something is, and the system's when that is wanted."""
+    with socket.socket() as fresh:
+        system = fresh.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    mine = np.zeros(MIB, dtype=np.uint8)
+    for number, (setting, expected) in enumerate({"auto": b"reno", "": system, "reno": b"reno"}.items()):
+        a = await make_node(f"a{number}", lanes=1, congestion=setting)
+        b = await make_node(f"b{number}", lanes=1, congestion=setting)
+        b.handler.regions[1] = noise(MIB)
+        await a.connect(b)
+        await a.backend.move(chunk(remote_extent(b, 0, MIB), local_extent(mine)))
+        lanes = [*a.backend._threads, *b.backend._threads]
+        used = {lane.stream._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16) for lane in lanes}
+        assert len(lanes) == 2
+        assert {name.rstrip(b"\0") for name in used} == {expected.rstrip(b"\0")}
+
+
+async def test_an_unknown_congestion_control_is_told_at_the_start(make_node: MakeNode) -> None:
+    with pytest.raises(ConfigError, match="congestion 'nosuch'"):
+        await make_node("a", congestion="nosuch")
 
 
 @pytest.mark.parametrize("op", ["READ", "WRITE"])
