@@ -52,7 +52,8 @@ try:
     from nixl._api import nixl_agent, nixl_agent_config
 except ImportError:
     from nixl_cu12._api import nixl_agent, nixl_agent_config
-agent = nixl_agent("bench", nixl_agent_config(backends=["POSIX"]))
+agent = nixl_agent("bench", nixl_agent_config(backends=[]))
+agent.create_backend("POSIX", {"use_uring": "true"})
 fd = os.open(job["path"], os.O_RDWR)
 import mmap
 memory = mmap.mmap(-1, job["memory"])

@@ -66,7 +66,7 @@ class ObjectDesk:
     ) -> None:
         self._regions = regions
         self._roots = roots
-        self._catalog = catalog
+        self.catalog = catalog
         self.max_items = max_items
 
     async def register_object(self, caller: Caller, request: RegisterObjectRequest) -> RegionInfo:
@@ -127,13 +127,13 @@ class ObjectDesk:
     # ------------------------------------------------------------------------------------ internals
 
     def _stores(self) -> ObjectCatalog:
-        if self._catalog is None:
+        if self.catalog is None:
             raise Unsupported(
                 "no object stores are configured",
                 limit="backends without 'object'",
                 remedy="install xferd[object] and configure [backends.object.stores.NAME]",
             )
-        return self._catalog
+        return self.catalog
 
     def _check_count(self, count: int, what: str) -> None:
         if count > self.max_items:

@@ -36,7 +36,10 @@ class LaneSealer:
         """End a write that failed; does not block."""
         self._loop.call_soon_threadsafe(self._sealer.abandon, ticket)
 
-    def verify(self, extents: Sequence[Extent]) -> None:
-        """Compare what is about to be sent, where its pool verifies every read. Blocks; errors as ``Sealer.verify``."""
+    def verify(self, extents: Sequence[Extent], *, is_asked: bool) -> None:
+        """Compare what is about to be sent, where that is asked for or its pool always does.
+
+        Blocks; errors as ``Sealer.verify``.
+        """
         if self._sealer.concerns(extents):
-            asyncio.run_coroutine_threadsafe(self._sealer.verify(extents, is_asked=False), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._sealer.verify(extents, is_asked=is_asked), self._loop).result()

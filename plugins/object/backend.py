@@ -10,13 +10,23 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from xferd.api.errors import Closed, InvalidArgument, NotFound, Unsupported
-from xferd.plugins.base import Backend, LegScope, ObjectCatalog, ObjectSpace, OpenLeg, SlotClass, SpaceKind
+from xferd.plugins.base import (
+    Backend,
+    LegScope,
+    ObjectCatalog,
+    ObjectSpace,
+    ObjectsSpace,
+    OpenLeg,
+    SlotClass,
+    SpaceKind,
+)
 from xferd.plugins.local import native
 from xferd.plugins.local.mapped import MappedCopier
 from xferd.plugins.movers import MoveCounter, MoverPool
 from xferd.plugins.object.budget import ByteBudget
 from xferd.plugins.object.digests import LEAF_NBYTES
 from xferd.plugins.object.options import ObjectOptions
+from xferd.plugins.object.placing import Placer
 from xferd.plugins.object.ranges import in_object_order
 from xferd.plugins.object.reading import Reader, ReadLeg
 from xferd.plugins.object.store import Store
@@ -60,8 +70,7 @@ class ObjectBackend(Backend, ObjectCatalog):
         copier = MappedCopier(native.load())
         self._reader = Reader(
             self.read_budget,
-            self._movers,
-            copier,
+            Placer(self._movers, copier),
             merge_gap=options.merge_gap,
             max_nbytes=options.read_range // LEAF_NBYTES * LEAF_NBYTES,
             checksum=options.checksum,
@@ -101,8 +110,10 @@ class ObjectBackend(Backend, ObjectCatalog):
         if reason:
             return reason
         for space in (source, target):
-            if isinstance(space, ObjectSpace) and space.store not in self._options.stores:
+            if isinstance(space, ObjectSpace | ObjectsSpace) and space.store not in self._options.stores:
                 return f"no store {space.store!r} is configured"
+        if isinstance(target, ObjectsSpace):
+            return "several objects are written one by one"
         if isinstance(target, ObjectSpace) and self._options.stores[target.store].read_only:
             return f"store {target.store!r} is read only"
         return ""
@@ -113,14 +124,14 @@ class ObjectBackend(Backend, ObjectCatalog):
 
     def slots(self, source: Space, target: Space) -> int:
         """Return how many requests the store takes at once."""
-        space = source if isinstance(source, ObjectSpace) else target
-        assert isinstance(space, ObjectSpace)
+        space = source if source.kind is SpaceKind.OBJECT else target
+        assert isinstance(space, ObjectSpace | ObjectsSpace)
         return self._options.stores[space.store].max_concurrency
 
     def slot_class(self, source: Space, target: Space, nbytes: int, pieces: int) -> SlotClass:
         """Return a class for each store and direction: chunks of an upload that wait their turn delay no read."""
-        space, way = (source, "read") if isinstance(source, ObjectSpace) else (target, "write")
-        assert isinstance(space, ObjectSpace)
+        space, way = (source, "read") if source.kind is SpaceKind.OBJECT else (target, "write")
+        assert isinstance(space, ObjectSpace | ObjectsSpace)
         return SlotClass(f"{way} {space.store}", self.slots(source, target))
 
     def arrange(self, source: Extent, target: Extent) -> tuple[Extent, Extent]:
@@ -144,11 +155,9 @@ class ObjectBackend(Backend, ObjectCatalog):
             return self._open_write(scope.target, scope.source)
         assert scope.source is not None
         space = scope.source.space
-        assert isinstance(space, ObjectSpace)
-        iov = scope.source.iov
-        is_whole = len(iov) == 1 and int(iov[0, 0]) == 0
-        check = self._reader.check_of(space, scope.nbytes) if is_whole else None
-        return ReadLeg(self._reader, self._store(space.store), check, self._counter.moving)
+        assert isinstance(space, ObjectSpace | ObjectsSpace)
+        checks = self._reader.checks_of(scope.source)
+        return ReadLeg(self._reader, self._store(space.store), checks, self._counter.moving)
 
     async def move(self, chunk: Chunk) -> int:
         """Move a chunk by itself: a read of any spans, or a write of a whole object.
@@ -164,7 +173,7 @@ class ObjectBackend(Backend, ObjectCatalog):
         """
         self._check_open()
         match chunk.source.space, chunk.target.space:
-            case ObjectSpace() as space, _:
+            case (ObjectSpace() | ObjectsSpace()) as space, _:
                 with self._counter.moving(chunk.nbytes):
                     return await self._reader.read(self._store(space.store), chunk, None)
             case _, ObjectSpace():

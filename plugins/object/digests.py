@@ -22,6 +22,8 @@ LEAF_NBYTES = 1 << 20
 ATTRIBUTE = "xferdxxh3"
 """A name that is allowed everywhere: Azure takes identifiers only, and proxies may drop what has an underscore."""
 
+_LEAVES = f"{LEAF_NBYTES}:"
+
 
 def leaves_of(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Return the digest of each MiB; the last may be shorter. Milliseconds for 8 MiB: call it from a thread."""
@@ -79,6 +81,10 @@ class WholeCheck:
         self._known = np.zeros(len(self._leaves), dtype=np.bool_)
         self._expected = ""
 
+    def expects(self, attributes: Mapping[str, str]) -> bool:
+        """Whether the object has a checksum that digests can be compared with."""
+        return attributes.get(ATTRIBUTE, "").startswith(_LEAVES)
+
     def wants(self, start: int, stop: int) -> bool:
         """Whether the digests of this range help: it must begin and end with a MiB, or end with the object."""
         return start % LEAF_NBYTES == 0 and (stop % LEAF_NBYTES == 0 or stop == self._nbytes)
@@ -96,7 +102,7 @@ class WholeCheck:
         Raises:
             IntegrityError: it was, and is not what was written.
         """
-        if not self._expected.startswith(f"{LEAF_NBYTES}:") or not self._known.all():
+        if not self._expected.startswith(_LEAVES) or not self._known.all():
             return False
         found = attribute_of(self._leaves)[ATTRIBUTE]
         if found != self._expected:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from xferd.api.errors import InvalidArgument
 
 MAX_KEY_NBYTES = 1024
 """As S3 has it; Azure and Google take 1024 characters and bytes."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def check_key(key: str) -> str:
@@ -44,7 +48,7 @@ def _fault_of(key: str) -> str:
         return "is no Unicode text"
     if not 0 < nbytes <= MAX_KEY_NBYTES:
         return f"has {nbytes} bytes"
-    if any(ord(character) < 32 or 127 <= ord(character) < 160 for character in key):
+    if _CONTROL.search(key):
         return "has a control character"
     segments = key.split("/")
     if "" in segments:

@@ -23,25 +23,20 @@ class Get:
     """One range [start, stop) of an object, and the spans of it that are wanted.
 
     Attributes:
-        offset: where each span begins, counted from ``start``.
-        place: address in the target, one for each span.
-        nbytes: of each span.
-        is_whole: the spans are all of the range, in order.
+        target: where each span goes.
+        offset: where each span begins, counted from ``start``; None where they are all of the range, in order.
     """
 
     start: int
     stop: int
-    offset: NDArray[np.uint64]
-    place: NDArray[np.uint64]
-    nbytes: NDArray[np.uint64]
-    is_whole: bool = False
+    target: IovTable
+    offset: NDArray[np.uint64] | None = None
 
     def tables(self, address: int) -> tuple[IovTable, IovTable]:
         """Return where to copy from and to, with the range's bytes at ``address``."""
-        source = np.column_stack((self.offset + np.uint64(address), self.nbytes))
-        if self.is_whole:  # one row: what copies then looks at half as many
-            source = np.array([[address, self.stop - self.start]], dtype=np.uint64)
-        return source, np.column_stack((self.place, self.nbytes))
+        if self.offset is None:  # one row: what copies then looks at half as many
+            return np.array([[address, self.stop - self.start]], dtype=np.uint64), self.target
+        return np.column_stack((self.offset + np.uint64(address), self.target[:, 1])), self.target
 
 
 def plan_gets(source: IovTable, target: IovTable, *, merge_gap: int, max_nbytes: int) -> list[Get]:
@@ -70,13 +65,33 @@ def plan_gets(source: IovTable, target: IovTable, *, merge_gap: int, max_nbytes:
     by_get = np.argsort(get, kind="stable")
     borders = np.searchsorted(get[by_get], np.arange(len(starts) + 1))
     offset = (piece_begin - starts[get])[by_get]
-    where = (place[row] + (piece_begin - begin[row]))[by_get]
-    size = (piece_end - piece_begin)[by_get]
+    where = np.column_stack((place[row] + (piece_begin - begin[row]), piece_end - piece_begin))[by_get]
     return [
-        Get(int(starts[n]), int(stops[n]), offset[a:b], where[a:b], size[a:b])
+        Get(int(starts[n]), int(stops[n]), where[a:b], offset[a:b])
         for n, (a, b) in enumerate(itertools.pairwise(borders.tolist()))
         if a < b  # a range cut out of a gap that was merged over has nothing that is wanted
     ]
+
+
+def by_object(source: Extent, target: IovTable) -> list[tuple[int, IovTable, IovTable]]:
+    """Split a read of several objects: the number of each, its spans, and where these go, both in list order."""
+    assert source.region is not None
+    edges = [0, *(np.flatnonzero(source.region[1:] != source.region[:-1]) + 1).tolist(), len(source.region)]
+    numbers = source.region[edges[:-1]].tolist()
+    if len(set(numbers)) == len(numbers):  # the rows of each follow each other: the common case, and far quicker
+        ends = source.iov[:, 1].cumsum()[np.array(edges[1:]) - 1].tolist()
+        memory = Extent(MappedSpace(), target).indexed()
+        places = [memory.cut(start, stop).iov for start, stop in itertools.pairwise([0, *ends])]
+        spans = [source.iov[first:last] for first, last in itertools.pairwise(edges)]
+        return list(zip(numbers, spans, places, strict=True))
+    cuts = pair(source.iov[:, 1], target[:, 1])
+    number = source.region[cuts.left]
+    order = np.argsort(number, kind="stable")
+    spans_of_all = np.column_stack((source.iov[cuts.left, 0] + cuts.left_skip, cuts.nbytes))[order]
+    places_of_all = np.column_stack((target[cuts.right, 0] + cuts.right_skip, cuts.nbytes))[order]
+    found, first_rows = np.unique(number[order], return_index=True)
+    borders = itertools.pairwise([*first_rows.tolist(), len(order)])
+    return [(n, spans_of_all[a:b], places_of_all[a:b]) for n, (a, b) in zip(found.tolist(), borders, strict=True)]
 
 
 def in_object_order(source: Extent, target: Extent) -> tuple[Extent, Extent]:
@@ -114,16 +129,12 @@ def covers(gets: list[Get], nbytes: int) -> bool:
 
 def _gets_of_span(start: int, target: IovTable, max_nbytes: int) -> list[Get]:
     """Return gets of one span of an object, which are in order as they stand: the common case, and far quicker."""
+    total = int(target[:, 1].sum())
+    if total <= max_nbytes:
+        return [Get(start, start + total, target)]
     memory = Extent(MappedSpace(), target).indexed()
-    assert memory.ends is not None
-    total = int(memory.ends[-1])
-    gets = []
-    for at in range(0, total, max_nbytes):
-        stop = min(total, at + max_nbytes)
-        rows = target if stop - at == total else memory.cut(at, stop).iov
-        nbytes = rows[:, 1]
-        gets.append(Get(start + at, start + stop, np.cumsum(nbytes) - nbytes, rows[:, 0], nbytes, True))
-    return gets
+    ends = [*range(max_nbytes, total, max_nbytes), total]
+    return [Get(start + at, start + stop, memory.cut(at, stop).iov) for at, stop in itertools.pairwise([0, *ends])]
 
 
 def _ranges(

@@ -1,29 +1,37 @@
-"""Reading: gets of ranges, several at once within bounds, each put in place by one vectored copy."""
+"""Reading: gets of ranges, several at once within bounds, put in place by ``placing.py``."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from xferd.api.errors import NotFound
-from xferd.plugins import vectored
-from xferd.plugins.base import MappedSpace, ObjectSpace, OpenLeg, ProcessSpace
-from xferd.plugins.object.digests import WholeCheck, leaves_of
-from xferd.plugins.object.ranges import covers, plan_gets
+from xferd.plugins.base import ObjectSpace, ObjectsSpace, OpenLeg
+from xferd.plugins.object.digests import WholeCheck
+from xferd.plugins.object.placing import Arrival
+from xferd.plugins.object.ranges import by_object, covers, plan_gets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from typing import TypeAlias
 
-    from numpy.typing import NDArray
-
-    from xferd.plugins.base import Chunk, Space
-    from xferd.plugins.local.mapped import MappedCopier
-    from xferd.plugins.movers import MoverPool
+    from xferd.plugins.base import Chunk, Extent, IovTable, Space
     from xferd.plugins.object.budget import ByteBudget
+    from xferd.plugins.object.placing import Placer
     from xferd.plugins.object.ranges import Get
-    from xferd.plugins.object.store import Got, Store
+    from xferd.plugins.object.store import Store
+
+    Checks: TypeAlias = dict[int, WholeCheck]
+    Moving: TypeAlias = Callable[[int], AbstractContextManager[None]]
+
+
+class _Job(NamedTuple):
+    """One get, of which object, and the check that its digests go into."""
+
+    space: ObjectSpace
+    get: Get
+    check: WholeCheck | None
 
 
 class Reader:
@@ -31,8 +39,7 @@ class Reader:
 
     Args:
         budget: for bytes that were received and are not in place yet.
-        movers: threads that copy.
-        copier: what they do it with.
+        placer: puts them in place.
         merge_gap: bytes between two rows that are read for nothing rather than asking twice.
         max_nbytes: of one get.
         checksum: whether whole reads are verified.
@@ -41,16 +48,14 @@ class Reader:
     def __init__(
         self,
         budget: ByteBudget,
-        movers: MoverPool,
-        copier: MappedCopier,
+        placer: Placer,
         *,
         merge_gap: int,
         max_nbytes: int,
         checksum: bool,
     ) -> None:
         self._budget = budget
-        self._copier = copier
-        self._movers = movers
+        self._placer = placer
         self._merge_gap = merge_gap
         self._max_nbytes = max_nbytes
         self._checksum = checksum
@@ -63,28 +68,42 @@ class Reader:
             return None
         return WholeCheck(f"object {space.key!r} of store {space.store!r}", nbytes)
 
-    async def read(self, store: Store, chunk: Chunk, check: WholeCheck | None) -> int:
+    def checks_of(self, source: Extent) -> Checks:
+        """Return the checks of a read, by the object's number; of those objects that it takes whole, in one span."""
+        space = source.space
+        assert isinstance(space, ObjectSpace | ObjectsSpace)
+        first = source.iov[:, 0] == 0
+        sizes = source.iov[first, 1].tolist()
+        numbers = [0] * len(sizes) if source.region is None else source.region[first].tolist()
+        checks: Checks = {}
+        for number, nbytes in zip(numbers, sizes, strict=True):
+            check = self.check_of(space.members[number] if isinstance(space, ObjectsSpace) else space, nbytes)
+            if check is not None:
+                checks[number] = check
+        return checks
+
+    async def read(self, store: Store, chunk: Chunk, checks: Checks | None) -> int:
         """Read one chunk. Once this is over, however it ends, nothing is put into the target any more.
 
         Args:
-            store: of the object.
-            chunk: from an object to memory.
-            check: of the leg that the chunk is a part of; None verifies a chunk that is a whole object.
+            store: of the objects.
+            chunk: from one object, or several, to memory.
+            checks: of the leg that the chunk is a part of; an object without one is verified here, if all of it comes.
         """
-        space = chunk.source.space
-        assert isinstance(space, ObjectSpace)
-        if not space.version.etag and not space.version.nbytes:
-            raise NotFound(
-                f"object {space.key!r} of store {space.store!r} has not been written yet",
-                remedy="write it first: it was registered to be created",
-            )
-        gets = plan_gets(chunk.source.iov, chunk.target.iov, merge_gap=self._merge_gap, max_nbytes=self._max_nbytes)
-        alone = None
-        if check is None and covers(gets, space.version.nbytes):
-            check = alone = self.check_of(space, space.version.nbytes)
-        await self._read_all(store, space, gets, chunk.target.space, check)
-        if alone is not None:
-            self.verify(alone)
+        jobs: list[_Job] = []
+        alone: list[WholeCheck] = []
+        for number, space, spans, places in _objects(chunk):
+            _check_written(space)
+            gets = plan_gets(spans, places, merge_gap=self._merge_gap, max_nbytes=self._max_nbytes)
+            check = None if checks is None else checks.get(number)
+            if check is None and covers(gets, space.version.nbytes):
+                check = self.check_of(space, space.version.nbytes)
+                if check is not None:
+                    alone.append(check)
+            jobs += [_Job(space, get, check) for get in gets]
+        await self._read_all(store, jobs, chunk.target.space)
+        for check in alone:
+            self.verify(check)
         return chunk.nbytes
 
     def verify(self, check: WholeCheck) -> None:
@@ -95,19 +114,16 @@ class Reader:
             self.mismatches += 1
             raise
 
-    async def _read_all(
-        self, store: Store, space: ObjectSpace, gets: list[Get], target: Space, check: WholeCheck | None
-    ) -> None:
-        if len(gets) == 1:
-            await self._read_one(store, space, gets[0], target, check)
+    async def _read_all(self, store: Store, jobs: list[_Job], target: Space) -> None:
+        if len(jobs) == 1:
+            await self._read_one(store, jobs[0], target)
             return
-        left = iter(gets)
-        workers = min(len(gets), store.options.max_concurrency)
+        left = iter(jobs)
+        workers = min(len(jobs), store.options.max_concurrency)
         try:
             async with asyncio.TaskGroup() as group:
                 for number in range(workers):
-                    work = self._work(store, space, left, target, check)
-                    group.create_task(work, name=f"object get {space.store} {number}")
+                    group.create_task(self._work(store, left, target), name=f"object get {store.name} {number}")
         except BaseExceptionGroup as failed:
             first: BaseException = failed
             while isinstance(first, BaseExceptionGroup):
@@ -116,62 +132,63 @@ class Reader:
             return
         raise first
 
-    async def _work(
-        self, store: Store, space: ObjectSpace, left: Iterator[Get], target: Space, check: WholeCheck | None
-    ) -> None:
-        for get in left:
-            await self._read_one(store, space, get, target, check)
+    async def _work(self, store: Store, left: Iterator[_Job], target: Space) -> None:
+        for job in left:
+            await self._read_one(store, job, target)
 
-    async def _read_one(
-        self, store: Store, space: ObjectSpace, get: Get, target: Space, check: WholeCheck | None
-    ) -> None:
-        async with self._budget.lease(get.stop - get.start):
+    async def _read_one(self, store: Store, job: _Job, target: Space) -> None:
+        space, get, check = job
+        taken = await self._budget.take(get.stop - get.start)
+        try:
             got = await store.get(space.key, get.start, get.stop, space.version.etag)
-            hashes = check is not None and check.wants(get.start, get.stop)
-            leaves = await self._movers.run(self._place, got, get, target, hashes=hashes)
+            attributes = got.attributes if check is not None else {}
+            hashes = check is not None and check.expects(attributes) and check.wants(get.start, get.stop)
+            leaves = await self._placer.place(Arrival(got.data, get, target, hashes=hashes))
             if check is not None and leaves is not None:
-                check.add(get.start, leaves, got.attributes)
-
-    def _place(self, got: Got, get: Get, target: Space, *, hashes: bool) -> NDArray[np.uint64] | None:
-        """Copy a range's spans to where they go; return digests of the range if wanted. Runs in a mover thread."""
-        data = np.frombuffer(memoryview(got.data), dtype=np.uint8)
-        source, places = get.tables(int(data.ctypes.data))
-        if isinstance(target, ProcessSpace):
-            vectored.copy_process(source, places, target.pid, write=True, pidfd=target.pidfd)
-        else:
-            assert isinstance(target, MappedSpace)
-            self._copier.copy(source, places)
-        return leaves_of(data) if hashes else None
+                check.add(get.start, leaves, attributes)
+        finally:
+            self._budget.give_back(taken)
 
 
 class ReadLeg(OpenLeg):
-    """A leg that reads; ``commit`` verifies it where it was a whole object."""
+    """A leg that reads; ``commit`` verifies those of its objects that it took whole."""
 
-    def __init__(self, reader: Reader, store: Store, check: WholeCheck | None, moving: Moving) -> None:
+    def __init__(self, reader: Reader, store: Store, checks: Checks, moving: Moving) -> None:
         self._reader = reader
         self._store = store
-        self._check = check
+        self._checks = checks
         self._moving = moving
 
     async def move(self, chunk: Chunk) -> int:
         """Read a chunk; in any order."""
         with self._moving(chunk.nbytes):
-            return await self._reader.read(self._store, chunk, self._check)
+            return await self._reader.read(self._store, chunk, self._checks)
 
     async def commit(self) -> None:
         """Verify what was read.
 
         Raises:
-            IntegrityError: the object is not what was written.
+            IntegrityError: an object is not what was written.
         """
-        if self._check is not None:
-            self._reader.verify(self._check)
+        for check in self._checks.values():
+            self._reader.verify(check)
 
     async def abort(self) -> None:
         """Do nothing: what was read stays where it is, as with any transfer that failed."""
 
 
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+def _objects(chunk: Chunk) -> list[tuple[int, ObjectSpace, IovTable, IovTable]]:
+    """Return each object of a chunk: its number, the object, its spans and where they go."""
+    space = chunk.source.space
+    if isinstance(space, ObjectSpace):
+        return [(0, space, chunk.source.iov, chunk.target.iov)]
+    assert isinstance(space, ObjectsSpace)
+    return [(n, space.members[n], spans, places) for n, spans, places in by_object(chunk.source, chunk.target.iov)]
 
-    Moving = Callable[[int], AbstractContextManager[None]]
+
+def _check_written(space: ObjectSpace) -> None:
+    if not space.version.etag and not space.version.nbytes:
+        raise NotFound(
+            f"object {space.key!r} of store {space.store!r} has not been written yet",
+            remedy="write it first: it was registered to be created",
+        )

@@ -28,7 +28,7 @@ from xferd.plugins.object.keys import check_key, check_prefix
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from obstore import AsyncWritableFile, Bytes, ObjectMeta
+    from obstore import AsyncWritableFile, Bytes, GetResult, ObjectMeta
 
     from xferd.plugins.object.options import StoreOptions
 
@@ -44,11 +44,20 @@ _BACKOFF = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelt
 
 
 class Got(NamedTuple):
-    """The bytes of a get, and what came with them: attributes, and the size of the whole object."""
+    """The bytes of a get, and what came with them, which costs something to look at."""
 
     data: Bytes
-    attributes: Mapping[str, str]
-    object_nbytes: int
+    result: GetResult
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """The metadata of the object."""
+        return self.result.attributes
+
+    @property
+    def object_nbytes(self) -> int:
+        """The size of the whole object."""
+        return self.result.meta["size"]
 
 
 class Store:
@@ -104,7 +113,7 @@ class Store:
 
         async def fetch() -> Got:
             result = await obstore.get_async(self._client, key, options=options)  # type: ignore[arg-type]  # a TypedDict
-            return Got(await result.bytes_async(), result.attributes, result.meta["size"])
+            return Got(await result.bytes_async(), result)
 
         got = await self._request(f"get of {key!r}", fetch)
         if len(got.data) != stop - start:

@@ -1,5 +1,7 @@
 """One move between a file and mapped memory, in a mover thread: through the page cache, or past it.
 
+What is read and is in the page cache already is copied from a mapping of the file (``mapping.py``).
+
 Past it, what O_DIRECT takes as it lies goes straight from or to memory. The rest:
 
 * Memory that is not aligned, and the ends of a span that is read, pass through bounce memory.
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from xferd.plugins.base import FileSpace, IovTable
     from xferd.plugins.posix.direct import BounceMemory, DirectFile, DirectPolicy
     from xferd.plugins.posix.engines import Engine, Stop
+    from xferd.plugins.posix.mapping import Mappings
 
 FEW_SPANS = 8
 """Spans up to which plain calls take a file through the page cache: columns for an engine would cost more than they."""
@@ -39,13 +42,22 @@ class FileMover:
         policy: which files are moved past the page cache.
         bounce: memory for what is not aligned; a thread has room for at least two pieces.
         piece_nbytes: most that one request moves; a power of two.
+        mappings: what reads from the page cache as long as it can; None leaves that to the engine.
     """
 
-    def __init__(self, engine: Engine, policy: DirectPolicy, bounce: BounceMemory, piece_nbytes: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        policy: DirectPolicy,
+        bounce: BounceMemory,
+        piece_nbytes: int,
+        mappings: Mappings | None = None,
+    ) -> None:
         self._engine = engine
         self._policy = policy
         self._bounce = bounce
         self._piece_nbytes = piece_nbytes
+        self._mappings = mappings
 
     def move(self, space: FileSpace, spans: IovTable, memory: IovTable, *, write: bool, stop: Stop) -> int:
         """Read spans of a file into memory of the same total, or write them; returns the bytes moved, all of them.
@@ -70,6 +82,8 @@ class FileMover:
         return vectored.total_nbytes(memory)
 
     def _through_cache(self, fd: int, spans: IovTable, memory: IovTable, *, write: bool, stop: Stop) -> None:
+        if not write and self._mappings is not None and self._mappings.read(fd, spans, memory):
+            return
         if len(spans) <= FEW_SPANS:
             (vectored.write_file_spans if write else vectored.read_file_spans)(fd, spans, memory)
             return

@@ -24,6 +24,8 @@ class PosixOptions(Options):
     requests reach the kernel, by io_uring or by one ``preadv`` or ``pwritev`` each; "auto" takes io_uring where the
     kernel allows it. ``queue_depth``: requests under way for each thread with io_uring.
 
+    ``mapped_reads``: what is in the page cache is read by mapping the file, where that is possible.
+
     ``direct`` moves files past the page cache (O_DIRECT), ``direct_below`` those below some directories; a descriptor
     that a client opened with O_DIRECT is moved so anyway. ``bounce`` bounds the memory, of all threads together, for
     what O_DIRECT does not take as it lies.
@@ -35,6 +37,7 @@ class PosixOptions(Options):
     movers: int = Field(2, ge=1, le=64)
     engine: Literal["auto", "io_uring", "threads"] = "auto"
     queue_depth: int = Field(64, ge=1, le=MAX_DEPTH)
+    mapped_reads: bool = True
     direct: bool = False
     direct_below: tuple[str, ...] = ()
     bounce: Nbytes = 16 << 20

@@ -2,11 +2,11 @@
 
 The queues are memory shared with the kernel, and numpy sees them as arrays of structures: a batch of requests is one
 copy into the submission queue, its results one gather from the completion queue. No row passes through the interpreter,
-which is why no binding is used: those fill in one request a call.
+which is why no binding is used: those fill in one request a call. Where ``_native.c`` was compiled, it makes the turns.
 
 A ring belongs to the thread that made it (``IORING_SETUP_SINGLE_ISSUER``), and the kernel posts completions only inside
 that thread's own system calls (``DEFER_TASKRUN``, Linux 6.1). So nothing changes between two calls, and no memory
-barriers are needed on any processor. Older kernels, and containers whose filter forbids io_uring, use ``calls.py``.
+barriers are needed on any processor. Older kernels, and containers whose filter forbids io_uring, use plain calls.
 See ``io_uring_setup(2)``, ``io_uring_enter(2)``.
 """
 
@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xferd.api.errors import InternalError, Unsupported
+from xferd.plugins.posix.native import Queue
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     from numpy.typing import NDArray
+
+    from xferd.plugins.posix.native import Native
 
     Requests: TypeAlias = NDArray[np.void]
 
@@ -115,12 +118,43 @@ class Ring:
         np.frombuffer(queues, "u4", entries, int(sq["array"]))[:] = np.arange(entries)  # each place is its own number
         self._tail = 0
         self._unsubmitted = 0
+        base = np.frombuffer(queues, np.uint8).ctypes.data
+        self._queue = Queue(
+            self._fd,
+            self.depth,
+            entries,
+            completions,
+            base + int(sq["tail"]),
+            self._requests.ctypes.data,
+            base + int(cq["head"]),
+            base + int(cq["tail"]),
+            base + int(cq["cqes"]),
+        )
 
     def close(self) -> None:
         """Give it back to the kernel; nothing is under way. Twice is fine."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def run(
+        self, native: Native, requests: NDArray[np.uint64], results: NDArray[np.int32], batch: int, stop: ctypes.c_int
+    ) -> None:
+        """Perform requests by compiled code: what ``put``, ``enter`` and ``reap`` do, again and again.
+
+        Waits for at least ``batch`` of them each time. Begins none after a failure, or once ``stop`` is not 0. Nothing
+        is under way before and after.
+
+        Raises:
+            InternalError: the kernel refused the ring itself; what was submitted may go on.
+        """
+        left = ctypes.c_uint(0)
+        queue, flag = ctypes.addressof(self._queue), ctypes.addressof(stop)
+        where = requests.ctypes.data, len(requests), results.ctypes.data
+        failed = native.run_ring(queue, *where, batch, flag, ctypes.addressof(left))
+        self._tail = self._sq_tail[0]
+        if failed:
+            raise _refused(failed)
 
     def put(self, requests: NDArray[np.uint64]) -> None:
         """Queue requests, given as ``words`` of them, which go to the kernel with the next ``enter``.
@@ -151,9 +185,7 @@ class Ring:
             return
         failed = ctypes.get_errno()
         if failed not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
-            raise InternalError(
-                f"io_uring_enter: {os.strerror(failed)}", remedy='set backends.posix.engine = "threads"'
-            )
+            raise _refused(failed)
 
     def reap(self, results: NDArray[np.int32]) -> tuple[int, int]:
         """Take what has completed: put each result at its token in ``results``.
@@ -196,6 +228,10 @@ def probe(depth: int) -> None:
             raise Unsupported("io_uring does not answer", remedy='set backends.posix.engine = "threads"')
     finally:
         ring.close()
+
+
+def _refused(code: int) -> InternalError:
+    return InternalError(f"io_uring_enter: {os.strerror(code)}", remedy='set backends.posix.engine = "threads"')
 
 
 def _unsupported(code: int) -> Unsupported:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import traceback
 from contextlib import asynccontextmanager
@@ -27,7 +28,7 @@ from xferd.api.errors import (
     Unauthenticated,
     XferdError,
 )
-from xferd.plugins.base import Chunk, Extent, LegScope, MappedSpace, ObjectSpace, ObjectVersion
+from xferd.plugins.base import Chunk, Extent, LegScope, MappedSpace, ObjectSpace, ObjectsSpace, ObjectVersion
 from xferd.plugins.object import ObjectBackend, ObjectOptions
 
 MIB = 1 << 20
@@ -200,6 +201,39 @@ async def test_checksum_is_verified(server):
         assert backend.statistics().integrity_failures == 2
         _, part = memory(100)
         await backend.move(chunk_of(spans_of(changed, [(5, 100)]), part))  # a part cannot be verified
+
+
+async def test_many_objects_are_read_as_one_leg_and_verified_each(server):
+    """Chunks of several objects, and an object in several chunks: bytes in place; one that was changed is named."""
+    sizes = [MIB + 7, 300_000, 3 * MIB, 1, 2 * MIB]
+    async with backend_of(stores=store_of(server), read_range="1MiB") as backend:
+        wholes = []
+        for n, size in enumerate(sizes):
+            data, source = memory(size, n)
+            await write(backend, source, spans_of(await region_of(backend, f"many{n}", size)))
+            wholes.append(data)
+
+        async def read():
+            members = tuple([await region_of(backend, f"many{n}") for n in range(len(sizes))])
+            iov = np.array([(0, size) for size in sizes], dtype=np.uint64)
+            source = Extent(ObjectsSpace("s3", members), iov, np.arange(len(sizes), dtype=np.uint64))
+            data, target = memory(sum(sizes), 77)
+            leg = await backend.open_leg(LegScope(source, target, sum(sizes), "t", "c"))
+            cuts = [0, sizes[0] + sizes[1] + MIB, sizes[0] + sizes[1] + 2 * MIB, sum(sizes)]
+            moves = [leg.move(chunk_of(source.cut(a, b), target.cut(a, b))) for a, b in itertools.pairwise(cuts)]
+            await asyncio.gather(*moves)
+            assert_same(data, np.concatenate(wholes))
+            await leg.commit()
+            assert await backend.move(chunk_of(source, target)) == sum(sizes)  # without a leg
+
+        await read()
+        assert backend.verified_reads == 2 * len(sizes)
+        written = (await backend._store("s3").get("many2", 0, 1, "")).attributes["xferdxxh3"]
+        wholes[2][MIB + 5] ^= 1
+        server.put(BUCKET, "many2", wholes[2].tobytes(), {"x-amz-meta-xferdxxh3": written})
+        error = await error_of(read())
+        assert isinstance(error, IntegrityError)
+        assert "'many2'" in error.message
 
 
 async def test_memory_that_changes_while_it_is_sent(server):

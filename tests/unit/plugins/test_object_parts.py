@@ -10,8 +10,7 @@ from datetime import UTC, datetime
 import numpy as np
 import obstore.exceptions as oe
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from pydantic import ValidationError
 
 from xferd.api.errors import (

@@ -6,12 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api.errors import InvalidArgument
-from xferd.plugins.base import Extent, MappedSpace, ObjectSpace, ObjectVersion, RemoteSpace
-from xferd.plugins.object.ranges import covers, in_object_order, plan_gets
+from xferd.plugins.base import Extent, MappedSpace, ObjectSpace, ObjectsSpace, ObjectVersion, RemoteSpace
+from xferd.plugins.object.ranges import by_object, covers, in_object_order, plan_gets
 
 OBJECT = 5000
 
@@ -129,3 +128,30 @@ def test_less_than_the_whole_is_refused(rows):
     total = sum(size for _, size in rows)
     with pytest.raises(InvalidArgument, match="as a whole"):
         in_object_order(Extent(MappedSpace(), table([(0, total)])), Extent(space_of(100), table(rows)))
+
+
+@given(st.data())
+def test_a_read_of_several_objects_is_split_by_object_and_no_byte_changes_its_place(data):
+    """Objects whose rows follow each other, and such whose rows alternate; in list order within each."""
+    members = tuple(ObjectSpace("s", f"k{n}", 900, ObjectVersion("e", 900)) for n in range(4))
+    numbers = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+    if data.draw(st.booleans()):
+        numbers = sorted(numbers)
+    rows = [(data.draw(st.integers(0, 800)), data.draw(st.integers(1, 60))) for _ in numbers]
+    total = sum(size for _, size in rows)
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, total - 1)), max_size=9)) & set(range(1, total)))
+    places = [(10_000 + 3 * a, b - a) for a, b in itertools.pairwise([0, *cuts, total])]
+
+    def spread(rows):
+        return [at + n for at, size in rows for n in range(size)]
+
+    source = Extent(ObjectsSpace("s", members), table(rows), np.array(numbers, dtype=np.uint64))
+    every = [number for number, (_, size) in zip(numbers, rows, strict=True) for _ in range(size)]
+    expected = sorted(zip(every, spread(rows), spread(places), strict=True))
+    found = []
+    split = by_object(source, table(places))
+    assert len(split) == len({number for number, _, _ in split}) == len(set(numbers))
+    for number, spans, where in split:
+        assert where.flags.c_contiguous  # it is handed to C as it stands
+        found += [(number, at, to) for at, to in zip(spread(spans.tolist()), spread(where.tolist()), strict=True)]
+    assert sorted(found) == expected

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from xferd.api.errors import Cancelled, MoveFailed, ShortTransfer, Unsupported
 from xferd.plugins.base import Chunk, Extent, FileSpace, LegScope, MappedSpace
-from xferd.plugins.posix import PosixBackend, PosixOptions
+from xferd.plugins.posix import PosixBackend, PosixOptions, native
 from xferd.plugins.posix.engines import Calls, Rings, Stop
 from xferd.plugins.posix.pieces import pieces_of
 
@@ -24,6 +24,7 @@ WAYS = {
     "io_uring": {"engine": "io_uring"},
     "shallow": {"engine": "io_uring", "queue_depth": 4},
     "threads": {"engine": "threads"},
+    "unmapped": {"engine": "io_uring", "mapped_reads": False},
     "direct": {"engine": "io_uring", "direct": True},
     "direct-threads": {"engine": "threads", "direct": True},
 }
@@ -92,6 +93,23 @@ async def test_full_device_names_the_errno(backend, rows):
         await backend.move(chunk(memory.extent(rows), target))
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.remedy
+    os.close(fd)
+
+
+@pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
+@pytest.mark.parametrize("count", [2, 50], ids=["few", "many"])
+async def test_an_error_of_the_device_in_the_midst_names_it(backend, count, write):
+    """This process's own memory as the device: rows that are there, and then one that is not, which is EIO."""
+    there, memory = MappedArena(100 * count), MappedArena(100 * count)
+    fd = os.open("/proc/self/mem", os.O_RDWR)
+    base = int(there.extent([(0, 1)]).iov[0, 0])
+    rows = [(base + 100 * number, 100) for number in range(0, 2 * count - 2, 2) if number < count] + [(4096, 100)]
+    device = Extent(FileSpace(fd, "/proc/self/mem"), np.array(rows, dtype=np.uint64))
+    side = memory.extent([(0, 100 * len(rows))])
+    with pytest.raises(MoveFailed, match="EIO") as caught:
+        await backend.move(chunk(side, device) if write else chunk(device, side))
+    assert isinstance(caught.value.__cause__, OSError)
+    assert backend.statistics().failures == 1
     os.close(fd)
 
 
@@ -170,7 +188,9 @@ def test_without_fsync_nothing_surrounds_a_leg():
 # ------------------------------------------------------------------------------------------ stopping
 
 
-@pytest.mark.parametrize("make", [Calls, lambda: Rings(8)], ids=["threads", "io_uring"])
+@pytest.mark.parametrize(
+    "make", [Calls, lambda: Rings(8), lambda: Rings(8, native.load())], ids=["threads", "io_uring", "compiled"]
+)
 def test_stopped_engine_leaves_out_what_it_has_not_begun(make, file):
     """Stopped from the start it begins one turn at most, and comes back with nothing under way."""
     engine, memory, stop = make(), MappedArena(file.nbytes), Stop()
@@ -187,7 +207,7 @@ def test_stopped_engine_leaves_out_what_it_has_not_begun(make, file):
 
 async def test_cancelled_move_ends_between_batches():
     """Of 64 MiB in 16,384 requests, a move that is cancelled as it begins does not do all."""
-    backend = PosixBackend(PosixOptions(movers=1, queue_depth=8))
+    backend = PosixBackend(PosixOptions(movers=1, queue_depth=8, mapped_reads=False))
     await backend.start()
     arena, memory = FileArena(128 << 20), MappedArena(64 << 20)
     rows = [(number * 8192, 4096) for number in range(16_384)]

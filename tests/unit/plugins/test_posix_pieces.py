@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.plugins.posix.pieces import Pieces, pieces_of, shortened, without_edges
 from xferd.plugins.vectored import IOV_MAX

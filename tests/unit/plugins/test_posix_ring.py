@@ -13,7 +13,7 @@ from arenas import FileArena, MappedArena
 from check_backend import pattern
 
 from xferd.api.errors import Unsupported
-from xferd.plugins.posix import ring as uring
+from xferd.plugins.posix import native, ring as uring
 from xferd.plugins.posix.engines import Rings, Stop
 from xferd.plugins.posix.pieces import pieces_of
 
@@ -78,10 +78,20 @@ def test_forbidden_io_uring_means_threads_and_is_said(code):
     assert done.stdout.rstrip().endswith(" 50000"), "bytes that were not moved, or too many"
 
 
+@pytest.fixture(params=["interpreted", "compiled"])
+def turns(request):
+    """What turns the rings: None for the interpreter."""
+    if request.param == "interpreted":
+        return None
+    if native.load() is None:
+        pytest.skip("no compiler was there when xferd was installed")
+    return native.load()
+
+
 @pytest.mark.parametrize("depth", [1, 2, 7, 64])
-def test_results_come_to_their_places_however_the_queue_goes_round(depth):
+def test_results_come_to_their_places_however_the_queue_goes_round(depth, turns):
     """Rows of different sizes, more than three queues of them; the same ring again and again."""
-    engine, file, memory = Rings(depth), FileArena(1 << 20), MappedArena(1 << 20)
+    engine, file, memory = Rings(depth, turns), FileArena(1 << 20), MappedArena(1 << 20)
     data = pattern(1 << 20, 1)
     file.fill(data)
     rng = np.random.default_rng(depth)
@@ -101,8 +111,8 @@ def test_results_come_to_their_places_however_the_queue_goes_round(depth):
     file.close()
 
 
-def test_after_an_error_nothing_more_is_begun():
-    engine, memory = Rings(8), MappedArena(1 << 20)
+def test_after_an_error_nothing_more_is_begun(turns):
+    engine, memory = Rings(8, turns), MappedArena(1 << 20)
     rows = np.array([[number * 100, 50] for number in range(1000)], dtype=np.uint64)
     fd = os.open("/dev/full", os.O_WRONLY)
     results = engine.perform(fd, pieces_of(rows, rows + np.array([memory.base, 0], np.uint64)), write=True, stop=Stop())

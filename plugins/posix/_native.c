@@ -1,0 +1,178 @@
+/* What files want of C: copies from a mapping of a file that may be cut meanwhile, and turns of an io_uring queue.
+ *
+ * No Python API: called through ctypes, which lets go of the interpreter lock. Optional: where there was no compiler
+ * when xferd was built, mapping.py and engines.py have slower ways.
+ */
+#define _GNU_SOURCE
+#include "../local/_pieces.c"
+
+#include <errno.h>
+#include <linux/io_uring.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* ---- copies that survive SIGBUS ---------------------------------------------------------------------------------- */
+
+/* Where this thread goes on when a page cannot be had; NULL outside of a copy. initial-exec: a handler must not allocate. */
+static __thread sigjmp_buf *volatile way_back __attribute__((tls_model("initial-exec")));
+static struct sigaction before;
+
+static void on_bus_error(int number, siginfo_t *info, void *context)
+{
+    (void)context;
+    if (way_back)
+        siglongjmp(*way_back, 1);
+    /* Not ours. The instruction is done again when this returns, and then meets whoever was here before. */
+    sigaction(number, &before, NULL);
+    if (info->si_code <= 0)
+        raise(number); /* sent by a process: it would not come again */
+}
+
+static int is_guarded(void)
+{
+    struct sigaction now;
+
+    return !sigaction(SIGBUS, NULL, &now) && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_bus_error;
+}
+
+/* Take SIGBUS over, for the process. Not thread-safe; returns 0, or -1. Again is fine. */
+int xferd_guard(void)
+{
+    struct sigaction ours = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
+
+    if (is_guarded())
+        return 0;
+    sigemptyset(&ours.sa_mask);
+    return sigaction(SIGBUS, NULL, &before) || sigaction(SIGBUS, &ours, NULL) ? -1 : 0;
+}
+
+/* As xferd_copy_pieces; returns -1 where a page could not be had (some bytes have been copied then), or where somebody
+ * else has taken SIGBUS (none have). */
+static int copy_guarded(const struct iovec *target, const struct iovec *source, size_t sources, int past_cache)
+{
+    sigjmp_buf here;
+
+    if (!is_guarded())
+        return -1;
+    if (sigsetjmp(here, 0)) { /* without the mask, which SA_NODEFER has left as it was */
+        way_back = NULL;
+        return -1;
+    }
+    way_back = &here;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    xferd_copy_pieces(target, source, sources, past_cache);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    way_back = NULL;
+    return 0;
+}
+
+#ifndef SYS_cachestat
+#define SYS_cachestat 451 /* the same on every architecture; Linux 6.5 */
+#endif
+
+/* Return whether some spans of a file, each one as (position, bytes), are in the page cache as a whole. */
+static int is_cached(int fd, const struct iovec *spans, size_t count, size_t probes)
+{
+    uint64_t page = sysconf(_SC_PAGESIZE);
+
+    if (count < probes)
+        probes = count;
+    for (size_t number = 0; number < probes; number++) {
+        const struct iovec *span = &spans[probes > 1 ? number * (count - 1) / (probes - 1) : 0];
+        uint64_t start = (uint64_t)span->iov_base, end = start + span->iov_len;
+        uint64_t range[2] = {start, span->iov_len}, found[5];
+
+        if (syscall(SYS_cachestat, fd, range, found, 0))
+            return 0; /* an older kernel, or not ours to know */
+        if (found[0] < (end + page - 1) / page - start / page)
+            return 0;
+    }
+    return 1;
+}
+
+/* Read spans of a file, each one as (position, bytes), from its mapping at base into target, of the same total; source is
+ * room for a copy of the spans. Returns 0, or -1 where calls have to read all of it again: some of it is not in the page
+ * cache, or the file ends before ``end``, or a page could not be had. */
+int xferd_read_mapped(int fd, uint64_t base, const struct iovec *spans, size_t count, uint64_t end, size_t probes,
+                      struct iovec *source, const struct iovec *target, int past_cache)
+{
+    struct stat facts;
+
+    if (!is_cached(fd, spans, count, probes))
+        return -1;
+    for (size_t row = 0; row < count; row++) {
+        source[row].iov_base = (char *)spans[row].iov_base + base;
+        source[row].iov_len = spans[row].iov_len;
+    }
+    if (copy_guarded(target, source, count, past_cache))
+        return -1;
+    /* What lies after the end of a file that was cut within a page reads as zeros. */
+    return fstat(fd, &facts) || (uint64_t)facts.st_size < end ? -1 : 0;
+}
+
+/* ---- io_uring ---------------------------------------------------------------------------------------------------- */
+
+/* A ring as ring.py has mapped it. Its thread's own system calls alone change the kernel's side (DEFER_TASKRUN), so that
+ * plain loads and stores do. */
+struct queue {
+    int fd;
+    unsigned depth;
+    unsigned entries;     /* of the submission queue: a power of two */
+    unsigned completions; /* of the completion queue: a power of two */
+    unsigned *sq_tail;
+    struct io_uring_sqe *requests;
+    unsigned *cq_head;
+    unsigned *cq_tail;
+    struct io_uring_cqe *completed;
+};
+
+static int is_failure(int result)
+{
+    return result < 0 && result != -EINTR && result != -EAGAIN;
+}
+
+/* Perform requests, up to the ring's depth at a time, waiting for at least a batch of them each time; put each result at
+ * its request's token. Begins none after a failure, or once *stop is set. Returns 0 when nothing is under way any more,
+ * or the errno of a ring that the kernel refuses; *under_way tells how many it has left. */
+int xferd_run_ring(struct queue *ring, const struct io_uring_sqe *requests, size_t count, int *results,
+                   unsigned batch, const volatile int *stop, unsigned *under_way)
+{
+    size_t sent = 0, done = 0;
+    unsigned tail = *ring->sq_tail, unsubmitted = 0;
+    int halted = 0;
+
+    for (;;) {
+        halted |= *stop;
+        while (!halted && sent < count && sent - done < ring->depth) {
+            ring->requests[tail++ & (ring->entries - 1)] = requests[sent++];
+            unsubmitted++;
+        }
+        __atomic_store_n(ring->sq_tail, tail, __ATOMIC_RELEASE);
+        if (sent == done)
+            return *under_way = 0;
+
+        unsigned left = sent - done;
+        unsigned wanted = halted || sent == count || left < batch ? left : batch;
+        long code = syscall(SYS_io_uring_enter, ring->fd, unsubmitted, wanted, IORING_ENTER_GETEVENTS, NULL, 0);
+
+        if (code >= 0)
+            unsubmitted -= code;
+        else if (errno != EINTR && errno != EAGAIN && errno != EBUSY) {
+            *under_way = left;
+            return errno;
+        }
+
+        unsigned head = *ring->cq_head, end = __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE);
+
+        for (; head != end; head++, done++) {
+            const struct io_uring_cqe *one = &ring->completed[head & (ring->completions - 1)];
+
+            results[one->user_data] = one->res;
+            halted |= is_failure(one->res);
+        }
+        __atomic_store_n(ring->cq_head, head, __ATOMIC_RELEASE);
+    }
+}

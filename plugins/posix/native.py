@@ -1,0 +1,61 @@
+"""The functions of ``_native.c``, where it was compiled when xferd was built."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Queue(ctypes.Structure):
+    """``struct queue``: an io_uring as it is mapped."""
+
+    _fields_ = (
+        ("fd", ctypes.c_int),
+        ("depth", ctypes.c_uint),
+        ("entries", ctypes.c_uint),
+        ("completions", ctypes.c_uint),
+        ("sq_tail", ctypes.c_void_p),
+        ("requests", ctypes.c_void_p),
+        ("cq_head", ctypes.c_void_p),
+        ("cq_tail", ctypes.c_void_p),
+        ("completed", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """What was compiled. All release the interpreter lock.
+
+    Attributes:
+        guard: take SIGBUS over for the process; 0, or -1. Not thread-safe, again is fine.
+        read_mapped: see ``xferd_read_mapped``.
+        run_ring: see ``xferd_run_ring``: queue, requests, their number, results, batch, stop, under way.
+    """
+
+    guard: Callable[[], int]
+    read_mapped: Callable[..., int]
+    run_ring: Callable[..., int]
+
+
+@functools.cache
+def load() -> Native | None:
+    """Return what was compiled, or None."""
+    spec = find_spec("xferd.plugins.posix._native")  # not imported: it is a library of C, not a module
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin, use_errno=True)
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    library.xferd_guard.argtypes = []
+    position = ctypes.c_uint64
+    library.xferd_read_mapped.argtypes = [ctypes.c_int, position, pointer, size, position, size, pointer, pointer]
+    library.xferd_read_mapped.argtypes += [ctypes.c_int]
+    library.xferd_run_ring.argtypes = [pointer, pointer, size, pointer, ctypes.c_uint, pointer, pointer]
+    for function in (library.xferd_guard, library.xferd_read_mapped, library.xferd_run_ring):
+        function.restype = ctypes.c_int
+    return Native(library.xferd_guard, library.xferd_read_mapped, library.xferd_run_ring)
