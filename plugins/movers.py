@@ -14,8 +14,9 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from xferd.api.errors import Closed
-from xferd.plugins.base import BackendStatistics
+from xferd.api.errors import Cancelled, Closed
+from xferd.plugins.base import BackendStatistics, Begun
+from xferd.plugins.begun import told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,12 +44,14 @@ class MoverPool:
         self.name = name
         self.threads = threads
         self._nice = nice
-        self._queue: SimpleQueue[_Call | None] = SimpleQueue()
+        self._queue: SimpleQueue[Batch | None] = SimpleQueue()
         self._started: list[threading.Thread] = []
-        self._batches: set[_Batch] = set()
+        self._batches: set[Batch] = set()
         self._calls = 0
-        self._ended: deque[_Batch] = deque()
+        self._ended: deque[Batch] = deque()
         self._is_waking = False
+        self._counting = threading.Lock()  # of calls that have ended, by all threads
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._closed = False
@@ -61,6 +64,28 @@ class MoverPool:
     def idle(self) -> int:
         """Threads for which there is no call."""
         return max(0, self.threads - self._calls)
+
+    def begin(self, calls: Sequence[Callable[[], Any]], done: Callable[[Batch], None]) -> Batch:
+        """Have blocking calls, at least one, made in threads, side by side where threads are free.
+
+        ``done`` is called on the event loop once all have ended; then none of them touches memory any more.
+
+        Raises:
+            Closed: the pool was closed.
+        """
+        if self._closed:
+            raise Closed(f"the mover threads of {self.name} were closed", remedy="the backend is stopped")
+        self._loop = asyncio.get_running_loop()
+        batch = Batch(calls, done, self)
+        if not self._batches:
+            self._quiet.clear()
+        self._batches.add(batch)
+        self._calls += len(calls)
+        for _ in calls:
+            self._queue.put(batch)
+        while len(self._started) < min(self.threads, self._calls):
+            self._start_thread()
+        return batch
 
     async def run(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a blocking call in a thread and return what it returns.
@@ -84,21 +109,15 @@ class MoverPool:
         All have ended when this returns or raises; of several errors the first in order is raised. Cancelled as
         with ``run``.
         """
-        if self._closed:
-            raise Closed(f"the mover threads of {self.name} were closed", remedy="the backend is stopped")
-        if not calls:
+        if not calls and not self._closed:
             return []
-        batch = _Batch(calls, asyncio.get_running_loop())
-        self._begin(batch)
-        try:
-            await batch.waiter
-        except asyncio.CancelledError:
-            if on_cancel is not None:
-                on_cancel()
-            self._drop(batch)
-            await self._until_ended(batch)
-            raise
-        return [entry.outcome() for entry in batch.entries]
+
+        def start(done: Callable[[Batch | Exception], None]) -> Begun:
+            batch = self.begin(calls, done)
+            batch.on_abort = on_cancel
+            return batch
+
+        return (await told(start)).results()
 
     async def aclose(self) -> None:
         """Refuse new calls, wait for those under way, end the threads. Twice is fine.
@@ -110,7 +129,7 @@ class MoverPool:
             await self._quiet.wait()
         except asyncio.CancelledError:
             for batch in list(self._batches):
-                self._drop(batch)
+                self.drop(batch)
             self._end_threads()
             raise
         for thread in self._end_threads():
@@ -118,38 +137,32 @@ class MoverPool:
 
     # ------------------------------------------------------------------------------------ on the event loop
 
-    def _begin(self, batch: _Batch) -> None:
-        self._batches.add(batch)
-        self._quiet.clear()
-        self._calls += len(batch.entries)
-        for entry in batch.entries:
-            self._queue.put(entry)
-        while len(self._started) < min(self.threads, self._calls):
-            name = f"xferd-{self.name}_{len(self._started)}"
-            # Daemonic: an interpreter that ends without ``aclose`` must not wait for a queue that nobody fills.
-            thread = threading.Thread(target=self._serve, name=name, daemon=True)
-            self._started.append(thread)
-            thread.start()
+    def _start_thread(self) -> None:
+        name = f"xferd-{self.name}_{len(self._started)}"
+        # Daemonic: an interpreter that ends without ``aclose`` must not wait for a queue that nobody fills.
+        thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._started.append(thread)
+        thread.start()
 
-    def _drop(self, batch: _Batch) -> None:
-        """Take the calls back that have not begun."""
-        taken = sum(entry.take() for entry in batch.entries)
-        if taken and batch.count_down(taken):
-            self._end(batch)
+    def drop(self, batch: Batch) -> None:
+        """Take the calls of a batch back that have not begun; ``done`` is told in a later turn."""
+        taken = batch.take_all()
+        if taken and self._count(batch, taken):
+            self._report(batch)
 
-    def _end(self, batch: _Batch) -> None:
-        self._batches.remove(batch)
-        self._calls -= len(batch.entries)
-        if not batch.waiter.done():
-            batch.waiter.set_result(None)
-        if not self._batches:
-            self._quiet.set()
-
-    async def _until_ended(self, batch: _Batch) -> None:
-        while batch in self._batches:
-            batch.waiter = batch.loop.create_future()
-            with suppress(asyncio.CancelledError):  # the caller raises the first one when the calls have ended
-                await batch.waiter
+    def _collect(self) -> None:
+        self._is_waking = False  # first: what ends from now on wakes the loop again
+        try:
+            while self._ended:
+                batch = self._ended.popleft()
+                self._batches.remove(batch)
+                self._calls -= len(batch.calls)
+                if not self._batches:
+                    self._quiet.set()
+                batch.done(batch)
+        finally:
+            if self._ended:  # a bug in one ``done`` is no reason to leave the others waiting
+                asyncio.get_running_loop().call_soon(self._collect)
 
     def _end_threads(self) -> list[threading.Thread]:
         ending, self._started = self._started, []
@@ -157,80 +170,90 @@ class MoverPool:
             self._queue.put(None)
         return ending
 
-    def _collect(self) -> None:
-        self._is_waking = False  # first: what ends from now on wakes the loop again
-        while self._ended:
-            self._end(self._ended.popleft())
-
     # ------------------------------------------------------------------------------------ in the threads
 
     def _serve(self) -> None:
         if self._nice:
             with suppress(OSError):  # not allowed to lower it again, as in a container: the threads work all the same
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + self._nice)
-        while (entry := self._queue.get()) is not None:
-            if entry.take():
-                entry.perform()
-                if entry.batch.count_down(1):
-                    self._report(entry.batch)
-            del entry  # an idle thread keeps nothing alive
+        while (batch := self._queue.get()) is not None:
+            if batch.perform_next() and self._count(batch, 1):
+                self._report(batch)
+            del batch  # an idle thread keeps nothing alive
 
-    def _report(self, batch: _Batch) -> None:
+    def _count(self, batch: Batch, ended: int) -> bool:
+        """Note that calls have ended or were taken back; True for the last."""
+        with self._counting:
+            batch.left -= ended
+            return batch.left == 0
+
+    def _report(self, batch: Batch) -> None:
         self._ended.append(batch)
         if not self._is_waking:
             self._is_waking = True
+            assert self._loop is not None
             with suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                batch.loop.call_soon_threadsafe(self._collect)
+                self._loop.call_soon_threadsafe(self._collect)
 
 
-class _Batch:
-    """Calls whose end is told together."""
+class Batch(Begun):
+    """Calls whose end is told together. Made by ``MoverPool.begin``.
 
-    def __init__(self, calls: Sequence[Callable[[], Any]], loop: asyncio.AbstractEventLoop) -> None:
-        self.entries = [_Call(call, self) for call in calls]
-        self.loop = loop
-        self.waiter: asyncio.Future[None] = loop.create_future()
-        self._left = len(self.entries)
-        self._lock = threading.Lock()
+    ``on_abort`` is called by the first ``abort``, to let calls under way end early.
+    """
 
-    def count_down(self, ended: int) -> bool:
-        """Note that calls have ended or were taken back; True for the last."""
-        with self._lock:
-            self._left -= ended
-            return self._left == 0
+    def __init__(self, calls: Sequence[Callable[[], Any]], done: Callable[[Batch], None], pool: MoverPool) -> None:
+        self.calls = calls
+        self.done = done
+        self.on_abort: Callable[[], None] | None = None
+        self.left = len(calls)  # calls that have not ended, under the pool's lock
+        self._pool = pool
+        self._todo = deque(range(len(calls)))  # whoever pops a number, a thread or the loop, has that call alone
+        self._ends: list[tuple[Any, BaseException | None] | None] = [None] * len(calls)
 
+    def abort(self) -> None:
+        """Take back the calls that have not begun; those under way are waited for by ``done``."""
+        hurry, self.on_abort = self.on_abort, None
+        if hurry is not None:
+            hurry()
+        self._pool.drop(self)
 
-class _Call:
-    """One call of a batch: whoever takes it, a thread or the loop that takes it back, has it alone."""
+    def results(self) -> list[Any]:
+        """Return what the calls returned, in order, or raise what the first of those that failed raised.
 
-    def __init__(self, call: Callable[[], Any], batch: _Batch) -> None:
-        self.batch = batch
-        self._call = call
-        self._taken = threading.Lock()
-        self._has_run = False
-        self._result: Any = None
-        self._error: BaseException | None = None
+        Raises:
+            CancelledError: a call was taken back before it began.
+        """
+        ends, self._ends = self._ends, []  # an error must not keep itself alive through this batch
+        results = []
+        for end in ends:
+            if end is None:
+                raise asyncio.CancelledError
+            if end[1] is not None:
+                raise end[1]
+            results.append(end[0])
+        return results
 
-    def take(self) -> bool:
-        """Take the call; False where somebody has."""
-        return self._taken.acquire(blocking=False)
+    def take_all(self) -> int:
+        """Take the calls that have not begun, and return how many."""
+        taken = 0
+        with suppress(IndexError):
+            while True:
+                self._todo.popleft()
+                taken += 1
+        return taken
 
-    def perform(self) -> None:
-        """Make the call and keep what comes of it."""
+    def perform_next(self) -> bool:
+        """Make a call that has not begun, and keep what comes of it; False where there is none any more."""
         try:
-            self._result = self._call()
+            number = self._todo.popleft()
+        except IndexError:
+            return False
+        try:
+            self._ends[number] = self.calls[number](), None
         except BaseException as error:  # noqa: BLE001  # kept, and raised again where it is waited for
-            self._error = error
-        self._has_run = True
-
-    def outcome(self) -> Any:
-        """Return or raise what came of the call; one that was taken back is cancelled."""
-        if not self._has_run:
-            raise asyncio.CancelledError
-        error, self._error = self._error, None  # an error must not keep itself alive through this call
-        if error is not None:
-            raise error
-        return self._result
+            self._ends[number] = None, error
+        return True
 
 
 class MoveCounter:
@@ -241,6 +264,15 @@ class MoveCounter:
         self.chunks = 0
         self.failures = 0
         self.busy = 0
+
+    def ended(self, nbytes: int, outcome: int | Exception) -> None:
+        """Count the end of a chunk that was begun with ``busy += 1``, as ``moving`` does."""
+        self.busy -= 1
+        if not isinstance(outcome, Exception):
+            self.chunks += 1
+            self.moved_nbytes += nbytes
+        elif not isinstance(outcome, Cancelled):
+            self.failures += 1
 
     @contextmanager
     def moving(self, nbytes: int) -> Iterator[None]:

@@ -279,7 +279,10 @@ class CostModel:
                 del self._peers[others[0]]
             peer = self._peers[key.peer] = _Peer()
         self._peers.move_to_end(key.peer)
-        return peer.ways.setdefault(key, _Way())
+        way = peer.ways.get(key)
+        if way is None:
+            way = peer.ways[key] = _Way()
+        return way
 
     def _fail(self, way: _Way, started_at: float, error: XferdError, now: float) -> None:
         if started_at < way.failed_at:

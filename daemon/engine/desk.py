@@ -1,41 +1,32 @@
-"""Where transfers are handed in: requests checked and planned, keys remembered, ended ones kept and forgotten.
+"""Where transfers are handed in, looked at, cancelled and forgotten.
 
-Moving is the runner's, deciding the machine's. ``daemon/service.py`` puts the faces' protocol on top.
+Planning is ``intake.py``'s, moving the runner's, deciding the machine's; ``keys.py``, ``holds.py`` and ``kept.py`` have
+the books. ``daemon/service.py`` puts the faces' protocol on top.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import secrets
 from collections import OrderedDict
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
 
-from xferd.api.descriptors import PreparedRef, check_total
-from xferd.api.errors import (
-    AlreadyExists,
-    InvalidArgument,
-    NotFound,
-    Overloaded,
-    PeerLost,
-    PermissionDenied,
-    XferdError,
-)
-from xferd.api.types import ENDED, Access, TransferId, TransferOp, TransferState
-from xferd.daemon.engine.lists import LARGE_ROWS
+from xferd.api.errors import NotFound, Overloaded, PeerLost, PermissionDenied, XferdError
+from xferd.api.types import ENDED, TransferId, TransferState
+from xferd.daemon.engine.holds import TransferHolds, holder_of
+from xferd.daemon.engine.intake import Intake
+from xferd.daemon.engine.kept import KeptPlans
+from xferd.daemon.engine.keys import KeyBook, digest_of
 from xferd.daemon.engine.machine import Transfer
-from xferd.daemon.memory.regions import LocalActor
 from xferd.daemon.sessions.caller import session_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
-    from xferd.api.descriptors import ListSpec
-    from xferd.api.types import Caller, Notification, RegionId, SessionId, TransferRequest, TransferStatus
-    from xferd.daemon.engine.lists import CheckedList, ListBook
+    from xferd.api.types import Caller, Notification, SessionId, TransferRequest, TransferStatus
+    from xferd.daemon.engine.lists import ListBook
     from xferd.daemon.engine.machine import TransferMachine
     from xferd.daemon.engine.notifications import Inboxes
     from xferd.daemon.engine.plan import Plan
@@ -46,14 +37,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
+CheckEvents: TypeAlias = "Callable[[SessionId, Sequence[int], frozenset[int]], None]"
+
+
 def _unheard(transfer: Transfer) -> None:
     """Hear of a new transfer, and do nothing."""
-
-
-class _Look(Protocol):
-    """What is done with the regions on one side of a transfer: checked, or held."""
-
-    def __call__(self, regions: Sequence[RegionId], actor: LocalActor, *, write: bool) -> None: ...
 
 
 class TransferCounters:
@@ -68,6 +56,7 @@ class TransferDesk:
     """Takes in transfers of sessions and answers for them.
 
     Args:
+        check_events: raises unless events are a session's, and of a GPU whose memory a plan touches.
         max_transfers: transfers that one session may have, ended ones included; beyond it the oldest ended one is
             forgotten, and if none has ended the submit is refused.
         keep_plans_nbytes: memory for plans of ended transfers, so that they can be posted again.
@@ -83,6 +72,7 @@ class TransferDesk:
         regions: RegionTable,
         inboxes: Inboxes,
         *,
+        check_events: CheckEvents,
         default_timeout_s: float,
         max_transfers: int,
         keep_plans_nbytes: int,
@@ -90,18 +80,15 @@ class TransferDesk:
         self._node = node
         self._machine = machine
         self._runner = runner
-        self._lists = lists
         self._planner = planner
-        self._regions = regions
-        self._inboxes = inboxes
+        self._intake = Intake(node, lists, planner, inboxes)
+        self._holds = TransferHolds(regions)
+        self._check_events = check_events
         self.default_timeout_s = default_timeout_s
         self.max_transfers = max_transfers
-        self._keep_plans_nbytes = keep_plans_nbytes
-        self._kept_plans: OrderedDict[TransferId, int] = OrderedDict()
-        self._kept_nbytes = 0
-        self._checked: dict[TransferId, int] = {}
+        self._kept = KeptPlans(machine.transfers, keep_plans_nbytes)
         self._by_session: dict[SessionId, OrderedDict[TransferId, Transfer]] = {}
-        self._keys: dict[tuple[SessionId, str], tuple[TransferId, bytes]] = {}
+        self._keys = KeyBook()
         self.counters = TransferCounters()
 
     # ------------------------------------------------------------------------------------ submit
@@ -117,11 +104,11 @@ class TransferDesk:
         session = session_of(caller)
         digest = b""
         if request.key:
-            digest = _digest(request)
+            digest = digest_of(request)
             known = self._known(session, request.key, digest)
             if known is not None:
                 return known
-        plan = await self.plan(caller, request, explore=True)
+        plan = await self._intake.plan(caller, request, explore=True)
         return self._enter(caller, session, request, plan, digest, created)
 
     def submit_now(
@@ -129,28 +116,16 @@ class TransferDesk:
     ) -> Transfer | None:
         """As ``submit_one``, in one step of the event loop; None where planning must wait for a peer or a thread."""
         session = session_of(caller)
-        digest = _digest(request) if request.key else b""
+        digest = digest_of(request) if request.key else b""
         known = self._known(session, request.key, digest) if request.key else None
         if known is not None:
             return known
-        self._check_request(request)
-        local = self._lists.checked_now(session, request.local)
-        remote = None if local is None else self._lists.checked_now(session, request.remote)
-        if local is None or remote is None or len(local) + len(remote) > LARGE_ROWS:
-            return None
-        source, target = self._ends(request, local, remote)
-        plan = self._planner.plan(source, target, pin=request.backend, explore=True)
-        return self._enter(caller, session, request, plan, digest, created)
+        plan = self._intake.plan_now(session, request)
+        return None if plan is None else self._enter(caller, session, request, plan, digest, created)
 
-    async def plan(self, caller: Caller, request: TransferRequest, *, explore: bool = False) -> Plan:
-        """Check a request's lists and rights and plan it, changing nothing; ``explore`` as the planner says."""
-        self._check_request(request)
-        local = await self._lists.checked(caller.session, request.local)
-        remote = await self._lists.checked(caller.session, request.remote)
-        source, target = self._ends(request, local, remote)
-        if len(source) + len(target) > LARGE_ROWS:
-            return await asyncio.to_thread(self._planner.plan, source, target, pin=request.backend, explore=explore)
-        return self._planner.plan(source, target, pin=request.backend, explore=explore)
+    async def plan(self, caller: Caller, request: TransferRequest) -> Plan:
+        """Check a request's lists and rights and plan it, changing nothing."""
+        return await self._intake.plan(caller, request)
 
     def post(self, caller: Caller, transfer_id: TransferId) -> TransferStatus:
         """Post a held transfer, or an ended one again."""
@@ -165,11 +140,11 @@ class TransferDesk:
         """
         if transfer.is_active:
             self._machine.check_post(transfer)  # raises: whoever waits for the running post must not hear of this one
-        self._runner.listen(transfer, ended)
+        self._runner.ends.listen(transfer, ended)
         try:
             self._post(transfer)
         except XferdError:
-            self._runner.unlisten(transfer, ended)
+            self._runner.ends.unlisten(transfer, ended)
             raise
 
     def listen(self, transfer: Transfer, ended: Callable[[Transfer], None]) -> None:
@@ -177,7 +152,7 @@ class TransferDesk:
         if transfer.state in ENDED:
             ended(transfer)
         else:
-            self._runner.listen(transfer, ended)
+            self._runner.ends.listen(transfer, ended)
 
     def begin_cancel(self, transfer: Transfer) -> None:
         """Begin to cancel; an ended one keeps its state. ``listen`` tells when it has come to rest."""
@@ -194,14 +169,14 @@ class TransferDesk:
     ) -> list[TransferStatus]:
         """Wait for all or any to end; the timeout is no error."""
         transfers = [self.owned(caller, transfer_id) for transfer_id in ids]
-        await self._runner.wait(transfers, timeout_s, any_of=any_of)
+        await self._runner.ends.wait(transfers, timeout_s, any_of=any_of)
         return [transfer.status() for transfer in transfers]
 
     async def watch(self, caller: Caller, ids: Sequence[TransferId]) -> AsyncIterator[TransferStatus]:
         """Yield transfers as they end, those that had ended first."""
         session = session_of(caller)
         wanted = {transfer_id: self.owned(caller, transfer_id) for transfer_id in ids}
-        queue = self._runner.watch(session)
+        queue = self._runner.ends.watch(session)
         # Looked at in this very step: one that ends from here on comes by the queue, and by nothing else.
         mine = wanted.values() if ids else self._by_session.get(session, {}).values()
         over = [transfer for transfer in mine if transfer.state in ENDED]
@@ -214,7 +189,7 @@ class TransferDesk:
                 if not ids or wanted.pop(transfer.id, None) is not None:
                     yield transfer.status()
         finally:
-            self._runner.unwatch(session, queue)
+            self._runner.ends.unwatch(session, queue)
 
     def transfers(self, *, active_only: bool = False, agent: str = "") -> list[TransferStatus]:
         """List transfers of all sessions."""
@@ -240,7 +215,7 @@ class TransferDesk:
         transfers = [self.owned(caller, transfer_id) for transfer_id in ids]
         for transfer in transfers:
             self._runner.cancel(transfer)
-        await self._runner.wait(transfers, None)
+        await self._runner.ends.wait(transfers, None)
         return [transfer.status() for transfer in transfers]
 
     async def release(self, caller: Caller, ids: Sequence[TransferId]) -> None:
@@ -256,7 +231,7 @@ class TransferDesk:
         transfers = list(self._by_session.get(session, {}).values())
         for transfer in transfers:
             self._runner.cancel(transfer)
-        await self._runner.wait(transfers, None)
+        await self._runner.ends.wait(transfers, None)
         for transfer in transfers:
             self._forget(transfer)
         self._by_session.pop(session, None)
@@ -277,19 +252,23 @@ class TransferDesk:
             )
         return len(lost)
 
+    def fail_holders(self, holders: Collection[str], spared: SessionId, error: Callable[[], XferdError]) -> None:
+        """Begin to fail active transfers that hold regions, by the names of their holds, but for ``spared``'s own."""
+        for transfer in self.active:
+            if holder_of(transfer) in holders and transfer.session != spared:
+                self._runner.fail(transfer, error())
+
     async def wait_all(self, timeout_s: float) -> None:
         """Return when nothing is active, or the time is over."""
-        await self._runner.wait(self.active, timeout_s)
+        await self._runner.ends.wait(self.active, timeout_s)
 
     def on_ended(self, transfer: Transfer) -> None:
         """Take note that a transfer has come to rest; the runner calls it before it wakes anyone."""
-        self._regions.release(_holder(transfer))
+        self._holds.release(transfer)
         self.counters.ended[transfer.state] += 1
         self.counters.moved_nbytes += transfer.moved_nbytes
-        if transfer.id in self._kept_plans:  # it moved at once, and its plan was never out of this book
-            self._kept_plans.move_to_end(transfer.id)
-        elif transfer.plan is not None:
-            self._keep_plan(transfer.id, transfer.plan.memory_nbytes)
+        for lost in self._kept.keep(transfer):
+            self._holds.forget(lost)
         if transfer.state is TransferState.FAILED:
             log.warning(
                 "transfer_failed",
@@ -318,26 +297,6 @@ class TransferDesk:
 
     # ------------------------------------------------------------------------------------ internals
 
-    def _check_request(self, request: TransferRequest) -> None:
-        if request.notification is not None:
-            self._inboxes.check(request.notification)
-        if request.timeout_s < 0:
-            raise InvalidArgument(f"timeout_s is {request.timeout_s}", limit="at least 0", remedy="0 is the default")
-
-    def _ends(
-        self, request: TransferRequest, local: CheckedList, remote: CheckedList
-    ) -> tuple[CheckedList, CheckedList]:
-        """Return the lists as (source, target), after checking that they fit each other and the op."""
-        if local.node:
-            raise InvalidArgument(
-                f"the local list is of node {local.node}",
-                limit=f"node {self._node}",
-                remedy="swap the lists and the op",
-            )
-        check_total(local, remote)
-        _check_remote_rights(remote, request.op)
-        return (remote, local) if request.op is TransferOp.READ else (local, remote)
-
     def _enter(
         self,
         caller: Caller,
@@ -355,7 +314,7 @@ class TransferDesk:
                 return known
         transfer = self._create(caller, session, request, plan)
         if request.key:
-            self._keys[session, request.key] = (transfer.id, digest)
+            self._keys.enter(session, request.key, transfer.id, digest)
         try:
             created(transfer)
             if not request.hold:
@@ -374,42 +333,23 @@ class TransferDesk:
         if not transfer.is_active and transfer.plan is not None:
             if transfer.posts:
                 transfer.plan = self._planner.reordered(transfer.plan)
-            self._hold(transfer)
+            self._holds.take(transfer)
         try:
             self._runner.post(transfer)
         except XferdError:
             if not transfer.is_active:
-                self._regions.release(_holder(transfer))
+                self._holds.release(transfer)
             raise
-        self._unkeep_plan(transfer.id)
 
     def _post_quick(self, transfer: Transfer) -> bool:
         """Move all bytes now, if that works. The regions need not be held: nothing else runs meanwhile."""
-        if self._checked.get(transfer.id) != self._regions.revision:
-            self._each_side(transfer, self._regions.check)
-            self._checked[transfer.id] = self._regions.revision
+        self._holds.check(transfer)
         return self._runner.post_quick(transfer)
 
-    def _hold(self, transfer: Transfer) -> None:
-        holder, reason = _holder(transfer), f"transfer of agent {transfer.agent}"
-        try:
-            self._each_side(
-                transfer,
-                lambda regions, actor, *, write: self._regions.hold(regions, holder, reason, actor, write=write),
-            )
-        except XferdError:
-            self._regions.release(holder)
-            raise
-
-    def _each_side(self, transfer: Transfer, look: _Look) -> None:
-        """Look at the regions of this node on either side of a transfer."""
-        actor = LocalActor(transfer.session)
-        assert transfer.plan is not None
-        for regions, write in ((transfer.plan.source_regions, False), (transfer.plan.target_regions, True)):
-            if regions:
-                look(regions, actor, write=write)
-
     def _create(self, caller: Caller, session: SessionId, request: TransferRequest, plan: Plan) -> Transfer:
+        has_events = bool(request.wait_event or request.done_event)
+        if has_events:
+            self._check_events(session, (request.wait_event, request.done_event), plan.devices)
         mine = self._by_session.setdefault(session, OrderedDict())
         if len(mine) >= self.max_transfers:
             oldest = next((transfer for transfer in mine.values() if not transfer.is_active), None)
@@ -436,8 +376,10 @@ class TransferDesk:
             plan=plan,
             created_at=self._runner.clock(),
             verify=request.verify,
+            wait_event=request.wait_event,
+            done_event=request.done_event,
             is_enclosed=self._runner.is_enclosed(plan),
-            quick=None if request.notification is not None else self._runner.quick(plan),
+            quick=None if request.notification is not None or has_events else self._runner.quick(plan),
         )
         self._machine.add(transfer)
         mine[transfer_id] = transfer
@@ -451,75 +393,14 @@ class TransferDesk:
 
     def _known(self, session: SessionId, key: str, digest: bytes) -> Transfer | None:
         """Return the transfer that this key made before."""
-        entry = self._keys.get((session, key))
-        if entry is None:
-            return None
-        if entry[1] != digest:
-            raise AlreadyExists(
-                f"key {key!r} was used for another request, transfer {entry[0]}",
-                remedy="use a new key for a new request",
-            )
-        return self._machine.transfers.get(entry[0])
+        known = self._keys.known(session, key, digest)
+        return None if known is None else self._machine.transfers.get(known)
 
     def _forget(self, transfer: Transfer) -> None:
         self._machine.forget(transfer)
-        self._unkeep_plan(transfer.id)
-        self._runner.unlisten_all(transfer)
-        self._checked.pop(transfer.id, None)
+        self._kept.drop(transfer.id)
+        self._runner.ends.unlisten_all(transfer)
+        self._holds.forget(transfer.id)
         self._by_session.get(transfer.session, OrderedDict()).pop(transfer.id, None)
         if transfer.key:
-            self._keys.pop((transfer.session, transfer.key), None)
-
-    def _keep_plan(self, transfer_id: TransferId, nbytes: int) -> None:
-        """Keep an ended transfer's plan for a re-post, at the cost of the oldest kept ones."""
-        self._kept_plans[transfer_id] = nbytes
-        self._kept_nbytes += nbytes
-        while self._kept_nbytes > self._keep_plans_nbytes and len(self._kept_plans) > 1:
-            oldest, freed_nbytes = self._kept_plans.popitem(last=False)
-            self._kept_nbytes -= freed_nbytes
-            dropped = self._machine.transfers[oldest]
-            dropped.plan = dropped.quick = None
-
-    def _unkeep_plan(self, transfer_id: TransferId) -> None:
-        self._kept_nbytes -= self._kept_plans.pop(transfer_id, 0)
-
-
-def _holder(transfer: Transfer) -> str:
-    return f"transfer {transfer.id}"
-
-
-def _check_remote_rights(remote: CheckedList, op: TransferOp) -> None:
-    need = Access.READ if op is TransferOp.READ else Access.WRITE
-    if remote.node and need not in remote.rights:
-        raise PermissionDenied(
-            f"a region of the remote list does not grant {need.name}",
-            limit=f"access {remote.rights.name or 'NONE'} on node {remote.node}",
-            remedy=f"its owner must register it with access {need.name}",
-        )
-
-
-def _digest(request: TransferRequest) -> bytes:
-    """Return a hash over all that makes a request what it is, so that a key cannot name two requests."""
-    state = hashlib.blake2b(digest_size=16)
-    for spec in (request.local, request.remote):
-        for part in _parts(spec):
-            state.update(len(part).to_bytes(8, "little"))
-            state.update(part)
-    rest = (
-        request.op,
-        request.timeout_s,
-        request.priority,
-        request.notification,
-        request.backend,
-        request.hold,
-        request.verify,
-    )
-    state.update(repr(rest).encode())
-    return state.digest()
-
-
-def _parts(spec: ListSpec) -> tuple[bytes, ...]:
-    if isinstance(spec, PreparedRef):
-        return b"prepared", str(spec.handle).encode(), b"" if spec.index is None else spec.index.tobytes()
-    columns = (column.tobytes() for column in (spec.region, spec.offset, spec.nbytes))
-    return spec.node.encode(), str(spec.epoch).encode(), *columns
+            self._keys.forget(transfer.session, transfer.key)

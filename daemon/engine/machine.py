@@ -27,7 +27,7 @@ from xferd.api.errors import (
 )
 from xferd.api.types import Telemetry, TransferState, TransferStatus
 from xferd.daemon.engine.plan import ChunkRef
-from xferd.daemon.engine.states import ACTIVE, Event, next_state
+from xferd.daemon.engine.states import ACTIVE, Event, Step, next_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +81,8 @@ class Transfer:
     routes_tried: list[str] = field(default_factory=list)
     moved_nbytes: int = 0
     verify: bool = False
+    wait_event: int = 0
+    done_event: int = 0
     is_enclosed: bool = False
     is_settling: bool = False
     is_settled: bool = False
@@ -96,7 +98,7 @@ class Transfer:
     chunks: int = 0
     last_routes: tuple[Route, ...] = ()
     quick: Callable[[], int] | None = None
-    story: deque[str] = field(default_factory=lambda: deque(maxlen=32))
+    story: deque[Step | str] = field(default_factory=lambda: deque(maxlen=32))
 
     @property
     def wire_id(self) -> str:
@@ -235,7 +237,9 @@ class TransferMachine:
         transfer.started_at = transfer.first_byte_at = transfer.ended_at = 0.0
         transfer.routes_tried = []
         transfer.route_index = dict.fromkeys(range(len(transfer.plan.legs)), 0)
-        transfer.last_routes = tuple(leg.routes[0] for leg in transfer.plan.legs)
+        routes = tuple([leg.routes[0] for leg in transfer.plan.legs])
+        if routes != transfer.last_routes:  # the same ones stay the same tuple, by which rings know them
+            transfer.last_routes = routes
         transfer.todo = {number: deque(range(leg.chunks)) for number, leg in enumerate(transfer.plan.legs)}
         for leg in transfer.todo:
             self._enqueue(transfer, leg)
@@ -379,7 +383,7 @@ class TransferMachine:
 
     def _step(self, transfer: Transfer, event: Event, now: float) -> None:
         transfer.state = next_state(f"transfer {transfer.id}", transfer.state, event, transfer.story)
-        transfer.story.append(f"{now:.6f} {event.value} {transfer.state.value}")
+        transfer.story.append(Step(now, event, transfer.state))
 
     def _enqueue(self, transfer: Transfer, leg: int) -> None:
         assert transfer.plan is not None

@@ -9,7 +9,7 @@ one by a slow route, and one of many chunks is measured by what the pipe gave it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from xferd.daemon.engine.scheduler import SlotKey
@@ -27,8 +27,7 @@ class _Pipe:
         self.at = now
 
 
-@dataclass(frozen=True, slots=True)
-class Stay:
+class Stay(NamedTuple):
     """A chunk in a pipe."""
 
     pipe: SlotKey
@@ -46,8 +45,11 @@ class Pipes:
 
     def enter(self, key: SlotKey, now: float) -> Stay:
         """Note that a chunk begins to move."""
-        pipe = self._pipes.setdefault(key, _Pipe())
-        pipe.advance(now)
+        pipe = self._pipes.get(key)
+        if pipe is None:
+            pipe = self._pipes[key] = _Pipe(at=now)
+        else:
+            pipe.advance(now)
         pipe.active += 1
         return Stay(key, pipe.shared_s)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from xferd.plugins.base import DeviceSpace
+
 if TYPE_CHECKING:
     from xferd.api.types import Hop, RegionId
     from xferd.daemon.engine.candidates import Choice
@@ -96,6 +98,12 @@ class Plan:
         return sum(leg.chunks for leg in self.legs)
 
     @property
+    def devices(self) -> frozenset[int]:
+        """GPUs of this node whose memory is read or written."""
+        spaces = (extent.space for leg in self.legs for extent in (leg.source, leg.target))
+        return frozenset(space.device for space in spaces if isinstance(space, DeviceSpace))
+
+    @property
     def considered(self) -> tuple[str, ...]:
         """Every candidate, what is expected of it and why it was chosen or not."""
         return tuple(dict.fromkeys(line for choice in self.choices for line in choice.lines()))
@@ -110,8 +118,7 @@ class Plan:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRef:
+class ChunkRef(NamedTuple):
     """One chunk of a plan: leg number and chunk number within it."""
 
     leg: int

@@ -15,11 +15,14 @@ from xferd.api.errors import InvalidArgument, NoRoute
 from xferd.api.types import Estimate, Explanation
 from xferd.daemon.engine.candidates import Candidates
 from xferd.daemon.engine.plan import Leg, Plan
-from xferd.plugins.base import Extent
+from xferd.plugins.base import Extent, ObjectSpace, ObjectsSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from numpy.typing import NDArray
+
+    from xferd.api.descriptors import Pairing
     from xferd.api.types import RouteCost
     from xferd.daemon.engine.candidates import Choice
     from xferd.daemon.engine.costs import CostModel
@@ -70,10 +73,15 @@ class Planner:
             )
         legs: list[Leg] = []
         choices: list[Choice] = []
+        alike: dict[tuple[object, ...], Choice] = {}
         for left, right in _groups(source, target):
             nbytes, pieces = left.nbytes, len(left.iov) + len(right.iov)
-            choice = self._candidates.choose(left.space, right.space, nbytes, pieces, pin=pin, explore=explore)
-            choices.append(choice)
+            kinds = _likeness(left.space), _likeness(right.space), nbytes, pieces.bit_length()
+            choice = alike.get(kinds)
+            if choice is None:
+                choice = self._candidates.choose(left.space, right.space, nbytes, pieces, pin=pin, explore=explore)
+                alike[kinds] = choice
+                choices.append(choice)
             if not choice.routes:
                 raise NoRoute(
                     f"nothing moves {left.space} to {right.space} on node {self._node}"
@@ -81,9 +89,10 @@ class Planner:
                     remedy="; ".join(choice.lines()) or "configure a backend for this pair",
                 )
             left, right = self._backends[choice.routes[0].backends[-1]].arrange(left, right)
-            cuts = cut_points(
-                left.iov[:, 1], right.iov[:, 1], chunk_nbytes=self._chunk_nbytes, max_pieces=self._max_pieces
-            )
+            chunk_nbytes, max_pieces = self._chunk_limits(choice.routes[0], left.space, right.space)
+            cuts = cut_points(left.iov[:, 1], right.iov[:, 1], chunk_nbytes=chunk_nbytes, max_pieces=max_pieces)
+            if len(cuts) > 2 and isinstance(left.space, ObjectsSpace):
+                cuts = _cuts_between_objects(left, right, chunk_nbytes, max_pieces)
             if len(cuts) > 2:  # chunks are cut one by one, as they start
                 left, right = left.indexed(), right.indexed()
             legs.append(Leg(left, right, tuple(cuts), choice.routes))
@@ -97,6 +106,11 @@ class Planner:
             () if target.node else target.regions,
             source.node or target.node,
         )
+
+    def _chunk_limits(self, route: Route, source: Space, target: Space) -> tuple[int, int]:
+        """Return (nbytes, rows) of one chunk: the backend's own where it has an opinion and moves by itself."""
+        own = None if route.is_staged else self._backends[route.backends[0]].chunk_limits(source, target)
+        return own or (self._chunk_nbytes, self._max_pieces)
 
     def routes(self, source: Space, target: Space, nbytes: int, pieces: int) -> Choice:
         """Return the routes between two spaces, in the order in which they are tried, and what was weighed."""
@@ -145,7 +159,7 @@ def _groups(source: CheckedList, target: CheckedList) -> Iterator[tuple[Extent, 
     """Split two lists into extents of one space each, with equal totals, neighbours merged.
 
     A transfer has no inner order, so rows are grouped by their pair of spaces and there are never more groups than
-    pairs, however the rows alternate.
+    pairs, however the rows alternate. Objects of one store are one space as a source.
     """
     if source.space is None and target.space is None:
         yield _extent(source, slice(None), None, None), _extent(target, slice(None), None, None)
@@ -153,14 +167,68 @@ def _groups(source: CheckedList, target: CheckedList) -> Iterator[tuple[Extent, 
     cut = pair(source.nbytes, target.nbytes)
     left_space = np.zeros(len(source), np.int32) if source.space is None else source.space
     right_space = np.zeros(len(target), np.int32) if target.space is None else target.space
-    keys = left_space[cut.left].astype(np.int64) * len(target.spaces) + right_space[cut.right]
-    for key in np.unique(keys):
-        rows = np.flatnonzero(keys == key)
-        nbytes = cut.nbytes[rows]
+    left_space, right_space = left_space[cut.left], right_space[cut.right]
+    together = _read_together(source.spaces)
+    left_key = left_space if together is None else together[left_space]
+    keys = left_key.astype(np.int64) * len(target.spaces) + right_space
+    order = np.argsort(keys, kind="stable")
+    edges = np.flatnonzero(np.diff(keys[order])) + 1
+    for rows in np.split(order, edges):
+        nbytes, first = cut.nbytes[rows], rows[0]
         yield (
-            _extent(source, cut.left[rows], cut.left_skip[rows], nbytes, int(key) // len(target.spaces)),
-            _extent(target, cut.right[rows], cut.right_skip[rows], nbytes, int(key) % len(target.spaces)),
+            _objects(source, cut, rows, left_space[rows])
+            or _extent(source, cut.left[rows], cut.left_skip[rows], nbytes, int(left_space[first])),
+            _extent(target, cut.right[rows], cut.right_skip[rows], nbytes, int(right_space[first])),
         )
+
+
+def _read_together(spaces: tuple[Space, ...]) -> NDArray[np.int64] | None:
+    """Return, for each space, the first of those that are read with it in one leg; None where all go by themselves.
+
+    Objects of one store: a leg, and a chunk, for each of many small ones would cost more than to fetch it.
+    """
+    stores: dict[str, int] = {}
+    firsts = [
+        stores.setdefault(space.store, number) if isinstance(space, ObjectSpace) else number
+        for number, space in enumerate(spaces)
+    ]
+    return None if firsts == list(range(len(spaces))) else np.array(firsts, dtype=np.int64)
+
+
+def _objects(source: CheckedList, cut: Pairing, rows: NDArray[np.intp], space: NDArray[np.int32]) -> Extent | None:
+    """Return rows of several objects as one extent; None where they are all of one space."""
+    if (space == space[0]).all():
+        return None
+    numbers, number = np.unique(space, return_inverse=True)
+    members = [source.spaces[each] for each in numbers.tolist()]
+    objects = tuple(member for member in members if isinstance(member, ObjectSpace))
+    position = source.position[cut.left[rows]] + cut.left_skip[rows]
+    region, position, nbytes = coalesce(number.astype(np.uint64), position, cut.nbytes[rows])
+    return Extent(ObjectsSpace(objects[0].store, objects), np.column_stack((position, nbytes)), region)
+
+
+def _cuts_between_objects(left: Extent, right: Extent, chunk_nbytes: int, max_pieces: int) -> list[int]:
+    """Return cuts as ``cut_points``, but between two objects wherever that is possible.
+
+    Each object is then in as few chunks as if it were read alone, and is verified in the same way.
+    """
+    assert left.region is not None
+    both_ends = np.cumsum(left.iov[:, 1]), np.cumsum(right.iov[:, 1])
+    total = int(both_ends[0][-1])
+    borders = np.append(both_ends[0][np.flatnonzero(left.region[1:] != left.region[:-1])], np.uint64(total))
+    cuts = [0]
+    while cuts[-1] < total:
+        at = cuts[-1]
+        rows = [(ends, int(np.searchsorted(ends, at, side="right")) + max_pieces) for ends in both_ends]
+        reach = min(at + chunk_nbytes, total, *(int(ends[last - 1]) for ends, last in rows if last <= len(ends)))
+        border = int(np.searchsorted(borders, reach, side="right")) - 1
+        cuts.append(int(borders[border]) if border >= 0 and borders[border] > at else reach)
+    return cuts
+
+
+def _likeness(space: Space) -> object:
+    """Return what routes depend on: of an object it is its store, so that many are weighed once."""
+    return (space.kind, space.store) if isinstance(space, ObjectSpace | ObjectsSpace) else space
 
 
 def _extent(

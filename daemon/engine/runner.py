@@ -1,7 +1,10 @@
-"""Performs what the machine instructs: moves chunks, keeps deadlines, delivers notifications, wakes who waits.
+"""Performs what the machine instructs: moves chunks, keeps deadlines, delivers notifications, tells of ends.
 
-The only place between the sans-I/O machine and the event loop. Every chunk is a task of one task group; a chunk
-that fails reports to the machine and leaves the group alone.
+The only place between the sans-I/O machine and the event loop. A chunk of one hop is begun where its backend has
+``begin``: a call that starts it and a call that tells its end, and no task, because a task with its callbacks costs as
+much as copying 256 KiB. Whatever has to await something on its way is a task of one task group: chunks through staging
+memory and those of legs and tickets that must be opened first, and those of backends that only have ``move``. What
+fails reports to the machine either way, and leaves the group alone.
 """
 
 from __future__ import annotations
@@ -9,28 +12,30 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
 
 import structlog
 
 from xferd.api.errors import Cancelled, InternalError, XferdError
-from xferd.api.types import ENDED
+from xferd.daemon.engine.deadlines import Deadlines
+from xferd.daemon.engine.ends import Ends
 from xferd.daemon.engine.machine import AbortChunks, Ended, SendNotification, Settle, StartChunk
 from xferd.daemon.engine.passage import Passage, is_needed
 from xferd.plugins.base import Chunk, Extent, MappedSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
     from contextlib import AbstractAsyncContextManager
     from typing import Any
 
-    from xferd.api.types import Notification, SessionId, TransferId
-    from xferd.daemon.engine.costs import CostModel
+    from xferd.api.types import Notification, TransferId
+    from xferd.daemon.engine.costs import CostModel, Metered
     from xferd.daemon.engine.machine import Instruction, Transfer, TransferMachine
     from xferd.daemon.engine.passage import Move
-    from xferd.daemon.engine.plan import Plan
+    from xferd.daemon.engine.plan import ChunkRef, Plan
     from xferd.daemon.engine.sealing import Sealer
-    from xferd.plugins.base import Backend, IovTable
+    from xferd.plugins.base import Backend, Begun, IovTable
 
 _Outcome: TypeAlias = int | XferdError
 """Bytes moved, or why not."""
@@ -57,6 +62,9 @@ class Runner:
         deliver: delivers a notification, here or on another node.
         on_ended: called when a transfer has come to rest, before anyone who waits is woken.
         clock: monotonic seconds plus an offset that makes them UNIX time.
+
+    Attributes:
+        ends: who is told of ends, beside ``on_ended``.
     """
 
     def __init__(
@@ -82,10 +90,9 @@ class Runner:
         self.clock = clock
         self._group = asyncio.TaskGroup()
         self._tasks: dict[TransferId, set[asyncio.Task[_Outcome]]] = {}
-        self._deadlines: dict[TransferId, asyncio.TimerHandle] = {}
-        self._waiters: dict[TransferId, list[asyncio.Future[None]]] = {}
-        self._watchers: dict[SessionId, list[asyncio.Queue[Transfer]]] = {}
-        self._listeners: dict[TransferId, list[Callable[[Transfer], None]]] = {}
+        self._begun: dict[TransferId, dict[ChunkRef, Begun]] = {}
+        self._deadlines = Deadlines(clock, self._deadline)
+        self.ends = Ends()
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -93,22 +100,24 @@ class Runner:
 
     async def __aexit__(self, *exc: object) -> None:
         """Cancel what still runs and wait until it has come to rest."""
-        for transfer in list(self._machine.transfers.values()):
+        transfers = list(self._machine.transfers.values())
+        for transfer in transfers:
             self.cancel(transfer)
-        await self._group.__aexit__(None, None, None)
-        for handle in self._deadlines.values():
-            handle.cancel()
+        try:
+            await self.ends.wait(transfers, None)
+        finally:
+            await self._group.__aexit__(None, None, None)
+            self._deadlines.close()
 
     # ------------------------------------------------------------------------------------ what clients do
 
     def post(self, transfer: Transfer) -> None:
         """Post a transfer and arm its deadline."""
-        instructions = self._machine.post(transfer, self.clock())
+        now = self.clock()
+        instructions = self._machine.post(transfer, now)
         if transfer.is_enclosed:
             self._passages[transfer.id] = Passage(transfer, self._backends, self._sealer)
-        self._deadlines[transfer.id] = asyncio.get_running_loop().call_later(
-            transfer.timeout_s, self._deadline, transfer, transfer.posts
-        )
+        self._deadlines.arm(transfer, now)
         self.perform(instructions)
 
     def quick(self, plan: Plan) -> Callable[[], int] | None:
@@ -146,59 +155,13 @@ class Runner:
         self._ended(self._machine.moved_at_once(transfer, posted_at, self.clock()).transfer)
         return True
 
-    def listen(self, transfer: Transfer, listener: Callable[[Transfer], None]) -> None:
-        """Call ``listener`` once, when the transfer ends, before others are woken."""
-        self._listeners.setdefault(transfer.id, []).append(listener)
-
-    def unlisten(self, transfer: Transfer, listener: Callable[[Transfer], None]) -> None:
-        """Take a listener back; fine if it has been called."""
-        listeners = self._listeners.get(transfer.id, [])
-        if listener in listeners:
-            listeners.remove(listener)
-        if not listeners:
-            self._listeners.pop(transfer.id, None)
-
-    def unlisten_all(self, transfer: Transfer) -> None:
-        """Forget who listens: the transfer is forgotten too."""
-        self._listeners.pop(transfer.id, None)
-
     def cancel(self, transfer: Transfer) -> None:
-        """Begin to cancel; ``wait`` returns when it has come to rest."""
+        """Begin to cancel; ``ends`` tells when it has come to rest."""
         self.perform(self._machine.cancel(transfer, self.clock()))
 
     def fail(self, transfer: Transfer, error: XferdError) -> None:
         """Begin to fail a transfer for a reason from outside, for example a lost peer."""
         self.perform(self._machine.fail(transfer, error, self.clock()))
-
-    async def wait(self, transfers: Sequence[Transfer], timeout_s: float | None, *, any_of: bool = False) -> None:
-        """Return when all (or any) of the transfers have ended, or the time is over. Cancel-safe."""
-        pending = [transfer for transfer in transfers if transfer.state not in ENDED]
-        if not pending or (any_of and len(pending) < len(transfers)) or timeout_s == 0:
-            return
-        loop = asyncio.get_running_loop()
-        futures = [self._waiter(loop, transfer) for transfer in pending]
-        try:
-            await asyncio.wait(
-                futures,
-                timeout=timeout_s,
-                return_when=asyncio.FIRST_COMPLETED if any_of else asyncio.ALL_COMPLETED,
-            )
-        finally:
-            for transfer, future in zip(pending, futures, strict=True):
-                self._drop_waiter(transfer, future)
-
-    def watch(self, session: SessionId) -> asyncio.Queue[Transfer]:
-        """Return a queue that gets each of the session's transfers as it ends; ``unwatch`` it afterwards."""
-        queue: asyncio.Queue[Transfer] = asyncio.Queue()
-        self._watchers.setdefault(session, []).append(queue)
-        return queue
-
-    def unwatch(self, session: SessionId, queue: asyncio.Queue[Transfer]) -> None:
-        """Stop filling a queue."""
-        watchers = self._watchers.get(session, [])
-        watchers.remove(queue)
-        if not watchers:
-            self._watchers.pop(session, None)
 
     # ------------------------------------------------------------------------------------ instructions
 
@@ -208,8 +171,7 @@ class Runner:
         while queue:
             match queue.popleft():
                 case StartChunk() as start:
-                    name = f"chunk {start.transfer.id} {start.chunk.leg}.{start.chunk.number}"
-                    self._spawn(start.transfer, self._move(start), name, functools.partial(self._moved, start))
+                    self._start(start)
                 case SendNotification(transfer, notification):
                     name = f"notify {transfer.id}"
                     self._spawn(
@@ -225,6 +187,8 @@ class Runner:
                 case AbortChunks(transfer):
                     for task in self._tasks.get(transfer.id, ()):
                         task.cancel()
+                    for begun in self._begun.get(transfer.id, {}).values():
+                        begun.abort()
                 case Ended(transfer):
                     self._ended(transfer)
 
@@ -248,57 +212,96 @@ class Runner:
 
         task.add_done_callback(done)
 
-    async def _move(self, start: StartChunk) -> _Outcome:
-        outcome: _Outcome | None = None
-        metered = self._costs.begin(start.route, start.stop - start.start, start.leg_nbytes)
-        try:
-            outcome = await self._move_chunk(start)
-        except XferdError as error:
-            outcome = error
-        except Exception as caught:
-            # A backend's bug ends its chunk, not the daemon.
-            transfer = start.transfer
-            log.exception("backend_bug", transfer=transfer.id, route=start.route.name, cause_id=transfer.cause_id)
-            bug = InternalError(f"{start.route.name}: {type(caught).__name__}: {caught}", remedy="see the node's log")
-            bug.__cause__ = caught
-            outcome = bug
-        finally:
-            self._costs.end(metered, outcome)  # of a cancelled one too
-        return outcome
+    def _start(self, start: StartChunk) -> None:
+        """Start a chunk; its end is reported in a later turn of the event loop, whatever it is."""
+        transfer, route = start.transfer, start.route
+        metered = self._costs.begin(route, start.stop - start.start, start.leg_nbytes)
+        passage = self._passages.get(transfer.id)
+        chunk = self._chunk(start)
+        if passage is None and not route.is_staged:
+            told = functools.partial(self._told, start, metered)
+            try:
+                begun = self._backends[route.hops[0].backend].begin(chunk, told)
+            except Exception as refused:  # noqa: BLE001  # it is looked at where all ends are
+                asyncio.get_running_loop().call_soon(told, refused)
+                return
+            if begun is not None:
+                self._begun.setdefault(transfer.id, {})[start.chunk] = begun
+                return
+        name = f"chunk {transfer.id} {start.chunk.leg}.{start.chunk.number}"
+        report = functools.partial(self._moved, start, metered)
+        self._spawn(transfer, self._move(start, chunk, passage), name, report)
 
-    def _moved(self, start: StartChunk, outcome: _Outcome) -> None:
+    def _told(self, start: StartChunk, metered: Metered | None, end: int | Exception) -> None:
+        """Hear from a backend how a chunk that was begun came to rest."""
+        mine = self._begun.get(start.transfer.id)
+        if mine is not None:  # else it was refused, and never begun
+            mine.pop(start.chunk, None)
+            if not mine:
+                del self._begun[start.transfer.id]
+        if not isinstance(end, int | XferdError):
+            end = self._bug(start.transfer, start.route.name, end)
+        self._moved(start, metered, end)
+
+    async def _move(self, start: StartChunk, chunk: Chunk, passage: Passage | None) -> _Outcome:
+        try:
+            return await self._move_chunk(start, chunk, passage)
+        except XferdError as error:
+            return error
+        except Exception as caught:  # noqa: BLE001  # a backend's bug ends its chunk, not the daemon
+            return self._bug(start.transfer, start.route.name, caught)
+
+    def _moved(self, start: StartChunk, metered: Metered | None, outcome: _Outcome) -> None:
+        self._costs.end(metered, None if isinstance(outcome, Cancelled) else outcome)
         now = self.clock()
         if isinstance(outcome, XferdError):
             self.perform(self._machine.chunk_failed(start.transfer, start.chunk, outcome, now))
         else:
             self.perform(self._machine.chunk_done(start.transfer, start.chunk, outcome, now))
 
-    async def _move_chunk(self, start: StartChunk) -> int:
-        transfer, route = start.transfer, start.route
-        assert transfer.plan is not None
-        leg = transfer.plan.legs[start.chunk.leg]
-        whole = start.start == 0 and start.stop == leg.cuts[-1]
-        source = leg.source if whole else leg.source.cut(start.start, start.stop)
-        target = leg.target if whole else leg.target.cut(start.start, start.stop)
-        nbytes = start.stop - start.start
-        passage = self._passages.get(transfer.id)
+    async def _move_chunk(self, start: StartChunk, chunk: Chunk, passage: Passage | None) -> int:
+        route = start.route
         if passage is None:
             moves: list[Move] = [self._backends[name].move for name in route.backends]
         else:
             moves = await passage.moves(start.chunk.leg, route)
         if not route.is_staged:
-            return await moves[0](self._chunk(transfer, source, target, nbytes))
-        async with self._staging.lease(f"transfer {transfer.id}", nbytes) as table:
+            return await moves[0](chunk)
+        async with self._staging.lease(f"transfer {start.transfer.id}", chunk.nbytes) as table:
             staged = Extent(MappedSpace(), table)
             first, second = moves
-            moved = await first(self._chunk(transfer, source, staged, nbytes))
-            if moved != nbytes:
+            moved = await first(replace(chunk, target=staged))
+            if moved != chunk.nbytes:
                 return moved
-            return await second(self._chunk(transfer, staged, target, nbytes))
+            return await second(replace(chunk, source=staged))
 
     @staticmethod
-    def _chunk(transfer: Transfer, source: Extent, target: Extent, nbytes: int) -> Chunk:
-        return Chunk(source, target, nbytes, transfer.wire_id, transfer.cause_id, transfer.agent)
+    def _chunk(start: StartChunk) -> Chunk:
+        transfer = start.transfer
+        assert transfer.plan is not None
+        leg = transfer.plan.legs[start.chunk.leg]
+        source, target = leg.source, leg.target
+        if leg.chunks > 1:  # else it is the whole leg, whose tables backends may know from the last post
+            source, target = source.cut(start.start, start.stop), target.cut(start.start, start.stop)
+        nbytes = start.stop - start.start
+        return Chunk(
+            source,
+            target,
+            nbytes,
+            transfer.wire_id,
+            transfer.cause_id,
+            transfer.agent,
+            transfer.wait_event,
+            transfer.done_event,
+            transfer.verify,
+        )
+
+    @staticmethod
+    def _bug(transfer: Transfer, name: str, caught: Exception) -> InternalError:
+        log.error("backend_bug", transfer=transfer.id, route=name, cause_id=transfer.cause_id, exc_info=caught)
+        bug = InternalError(f"{name}: {type(caught).__name__}: {caught}", remedy="see the node's log")
+        bug.__cause__ = caught
+        return bug
 
     async def _settle(self, transfer: Transfer, *, commit: bool) -> _Outcome:
         passage = self._passages.pop(transfer.id)
@@ -306,11 +309,8 @@ class Runner:
             await (passage.commit() if commit else passage.abandon())
         except XferdError as error:
             return error
-        except Exception as caught:
-            log.exception("backend_bug", transfer=transfer.id, cause_id=transfer.cause_id)
-            bug = InternalError(f"{type(caught).__name__}: {caught}", remedy="see the node's log")
-            bug.__cause__ = caught
-            return bug
+        except Exception as caught:  # noqa: BLE001  # as with chunks
+            return self._bug(transfer, "settling", caught)
         return 0
 
     def _settled(self, transfer: Transfer, commit: bool, outcome: _Outcome) -> None:
@@ -332,26 +332,6 @@ class Runner:
         self.perform(self._machine.deadline(transfer, post, self.clock()))
 
     def _ended(self, transfer: Transfer) -> None:
-        deadline = self._deadlines.pop(transfer.id, None)
-        if deadline is not None:
-            deadline.cancel()
+        self._deadlines.drop(transfer)
         self._on_ended(transfer)
-        for listener in self._listeners.pop(transfer.id, ()):
-            listener(transfer)
-        for future in self._waiters.pop(transfer.id, []):
-            if not future.done():
-                future.set_result(None)
-        for queue in self._watchers.get(transfer.session, []):
-            queue.put_nowait(transfer)
-
-    def _waiter(self, loop: asyncio.AbstractEventLoop, transfer: Transfer) -> asyncio.Future[None]:
-        future = loop.create_future()
-        self._waiters.setdefault(transfer.id, []).append(future)
-        return future
-
-    def _drop_waiter(self, transfer: Transfer, future: asyncio.Future[None]) -> None:
-        waiters = self._waiters.get(transfer.id)
-        if waiters is not None and future in waiters:
-            waiters.remove(future)
-            if not waiters:
-                del self._waiters[transfer.id]
+        self.ends.tell(transfer)

@@ -21,8 +21,20 @@ if TYPE_CHECKING:
 
 SlotKey = tuple[str, str]
 
+MAX_IDLE = 16
+"""Idle queues that are kept, so that a transfer that is posted again and again does not make its queue each time."""
+
 WEIGHTS = {Priority.HIGH: 64, Priority.NORMAL: 8, Priority.LOW: 1}
 """Three classes, a factor of eight apart: what a hand-off, an offload and a prefetch deserve of a full pipe."""
+
+
+@dataclass(slots=True)
+class _Class:
+    """The waiting transfers of one priority; ``passed`` is how far it has come in virtual time."""
+
+    step: float
+    passed: float = 0.0
+    waiting: deque[TransferId] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
@@ -31,13 +43,23 @@ class _Queue:
 
     slots: int
     busy: int = 0
-    waiting: dict[Priority, deque[TransferId]] = field(default_factory=lambda: {p: deque() for p in Priority})
+    length: int = 0  # of all that wait
+    classes: dict[Priority, _Class] = field(
+        default_factory=lambda: {priority: _Class(1.0 / weight) for priority, weight in WEIGHTS.items()}
+    )
     now: float = 0.0  # virtual time: how far the class served last had come
-    passed: dict[Priority, float] = field(default_factory=lambda: dict.fromkeys(Priority, 0.0))
 
-    def next_class(self) -> Priority | None:
-        ready = [priority for priority in WEIGHTS if self.waiting[priority]]
-        return min(ready, key=lambda priority: self.passed[priority]) if ready else None
+    def pop(self) -> TransferId:
+        """Take the first of the class whose turn it is; somebody waits."""
+        found = None
+        for one in self.classes.values():
+            if one.waiting and (found is None or one.passed < found.passed):
+                found = one
+        assert found is not None
+        self.now = found.passed
+        found.passed += found.step
+        self.length -= 1
+        return found.waiting.popleft()
 
 
 class Scheduler:
@@ -52,29 +74,32 @@ class Scheduler:
 
     def enqueue(self, key: SlotKey, slots: int, transfer: TransferId, priority: Priority) -> None:
         """Put a transfer at the end of its class; idle classes catch up with the others."""
-        queue = self._queues.setdefault(key, _Queue(slots))
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = _Queue(slots)
         queue.slots = slots
+        mine = queue.classes[priority]
         # A class that was idle gets no credit for the time it did not ask.
-        queue.passed[priority] = max(queue.passed[priority], queue.now)
-        if transfer not in queue.waiting[priority]:
-            queue.waiting[priority].append(transfer)
+        mine.passed = max(mine.passed, queue.now)
+        if transfer not in mine.waiting:
+            mine.waiting.append(transfer)
+            queue.length += 1
 
     def remove(self, transfer: TransferId) -> None:
         """Take a transfer out of every queue."""
         for key, queue in list(self._queues.items()):
-            for waiting in queue.waiting.values():
-                if transfer in waiting:
-                    waiting.remove(transfer)
+            for one in queue.classes.values() if queue.length else ():
+                if transfer in one.waiting:
+                    one.waiting.remove(transfer)
+                    queue.length -= 1
             self._prune(key, queue)
 
     def take(self) -> Iterator[tuple[SlotKey, TransferId]]:
         """Yield turns as long as slots are free; each occupies a slot until ``free``."""
         for key, queue in list(self._queues.items()):
-            while queue.busy < queue.slots and (priority := queue.next_class()) is not None:
-                queue.now = queue.passed[priority]
-                queue.passed[priority] += 1.0 / WEIGHTS[priority]
+            while queue.length and queue.busy < queue.slots:
                 queue.busy += 1
-                yield key, queue.waiting[priority].popleft()
+                yield key, queue.pop()
 
     def free(self, key: SlotKey) -> None:
         """Give a slot back."""
@@ -86,7 +111,7 @@ class Scheduler:
 
     def _prune(self, key: SlotKey, queue: _Queue) -> None:
         """Drop an idle queue: peers come and go, and their queues with them."""
-        if queue.busy == 0 and not any(queue.waiting.values()):
+        if queue.busy == 0 and not queue.length and len(self._queues) > MAX_IDLE:
             del self._queues[key]
 
     def busy(self) -> dict[SlotKey, int]:
@@ -97,5 +122,6 @@ class Scheduler:
         """Assert what must always hold."""
         for key, queue in self._queues.items():
             assert queue.busy >= 0, (key, queue.busy)
-            for waiting in queue.waiting.values():
-                assert len(set(waiting)) == len(waiting), (key, waiting)
+            assert queue.length == sum(len(one.waiting) for one in queue.classes.values()), (key, queue.length)
+            for one in queue.classes.values():
+                assert len(set(one.waiting)) == len(one.waiting), (key, one.waiting)

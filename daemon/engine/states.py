@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from xferd.api.errors import InternalError, InvalidState
 from xferd.api.types import ENDED, TransferState
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 class Event(enum.Enum):
     """What moves a transfer from one state to the next."""
+
+    __hash__ = object.__hash__  # as ``TransferState``
 
     POST = "post"
     START = "start"
@@ -46,7 +48,18 @@ TRANSITIONS: dict[tuple[TransferState, Event], TransferState] = {
 }
 
 
-def next_state(what: str, state: TransferState, event: Event, story: Sequence[str]) -> TransferState:
+class Step(NamedTuple):
+    """One line of a transfer's story; it becomes text only where somebody reads it."""
+
+    at: float
+    event: Event
+    state: TransferState
+
+    def __str__(self) -> str:
+        return f"{self.at:.6f} {self.event.value} {self.state.value}"
+
+
+def next_state(what: str, state: TransferState, event: Event, story: Sequence[object]) -> TransferState:
     """Return the state that follows, or raise.
 
     Raises:
@@ -60,4 +73,6 @@ def next_state(what: str, state: TransferState, event: Event, story: Sequence[st
         raise InvalidState(
             f"{what} is {state.value} and cannot be posted", remedy="wait until it has ended, or cancel it first"
         )
-    raise InternalError(f"{what}: no transition from {state.value} on {event.value}; story: {' > '.join(story)}")
+    raise InternalError(
+        f"{what}: no transition from {state.value} on {event.value}; story: {' > '.join(map(str, story))}"
+    )

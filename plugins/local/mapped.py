@@ -28,6 +28,7 @@ memoryviews, which keeps the interpreter lock; ``memmove`` a block through ctype
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import TYPE_CHECKING
 
 from xferd.api.descriptors import pair
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from xferd.plugins.base import IovTable
+    from xferd.plugins.local.native import CopyPieces
 
 MEMMOVE_MAX_PIECES = 4
 MEMMOVE_MIN_NBYTES = 4 << 20
@@ -57,14 +59,26 @@ class MappedCopier:
         native: as ``native.load`` returns it; None takes the ways that need no compiler.
     """
 
-    def __init__(self, native: Callable[[IovTable, IovTable], int] | None = None) -> None:
+    def __init__(self, native: CopyPieces | None = None) -> None:
         self._native = native
         self._blocks = BlockCopier()
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it has the loop of C, to which all shapes are alike."""
+        return self._native is not None
+
+    def made(self, source: IovTable, target: IovTable) -> Callable[[], int]:
+        """Return a call that copies between tables of the same total; what it returns is the bytes copied, all of them.
+
+        It may be called again and again; the tables must not change meanwhile.
+        """
+        return functools.partial(self.copy, source, target) if self._native is None else self._native(source, target)
 
     def copy(self, source: IovTable, target: IovTable) -> int:
         """Copy between tables of the same total; returns the bytes copied, all of them."""
         if self._native is not None:
-            return self._native(source, target)
+            return self._native(source, target)()
         rows = len(source) + len(target) - 1
         nbytes = total_nbytes(source)
         if rows <= MEMMOVE_MAX_PIECES and nbytes >= rows * MEMMOVE_MIN_NBYTES:

@@ -10,7 +10,9 @@ from arenas import MappedArena, ProcessArena
 
 from xferd.api.errors import MoveFailed, Unsupported
 from xferd.plugins.base import Chunk, Extent, FileSpace, MappedSpace, SpaceKind
-from xferd.plugins.local import LocalBackend, LocalOptions
+from xferd.plugins.local import LocalBackend, LocalOptions, native, now
+from xferd.plugins.local.mapped import MappedCopier
+from xferd.plugins.movers import MoveCounter
 
 
 @pytest.fixture
@@ -68,20 +70,28 @@ async def test_private_address_that_is_not_mapped_fails(backend, process):
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "is_now"),
+    ("left", "right", "by_piece", "by_loop"),
     [
-        ([(0, 64 << 10)], [(0, 64 << 10)], True),
-        ([(0, (64 << 10) + 1)], [(0, (64 << 10) + 1)], False),
-        ([(n * 64, 32) for n in range(32)], [(0, 1024)], True),
-        ([(n * 64, 32) for n in range(33)], [(0, 33 * 32)], False),
-        ([(0, 33 * 32)], [(n * 64, 32) for n in range(33)], False),
+        ([(0, 64 << 10)], [(0, 64 << 10)], True, True),
+        ([(0, (64 << 10) + 1)], [(0, (64 << 10) + 1)], False, True),
+        ([(0, 256 << 10)], [(0, 256 << 10)], False, True),
+        ([(0, (256 << 10) + 1)], [(0, (256 << 10) + 1)], False, False),
+        ([(n * 64, 32) for n in range(32)], [(0, 1024)], True, True),
+        ([(n * 64, 32) for n in range(33)], [(0, 33 * 32)], False, True),
+        ([(0, 33 * 32)], [(n * 64, 32) for n in range(33)], False, True),
+        ([(0, 257 * 32)], [(n * 64, 32) for n in range(257)], False, False),
     ],
 )
-def test_small_copies_between_mappings_are_made_at_once(left, right, is_now):
-    backend = LocalBackend(LocalOptions())
-    source, target = MappedArena(1 << 17), MappedArena(1 << 17)
-    assert (backend.move_now(source.extent(left), target.extent(right)) is not None) == is_now
-    assert backend.statistics().chunks == 0
+@pytest.mark.parametrize("has_loop", [False, True])
+def test_small_copies_between_mappings_are_made_at_once(left, right, by_piece, by_loop, has_loop):
+    compiled = native.load() if has_loop else None
+    if has_loop and compiled is None:
+        pytest.skip("no compiler was there when xferd was installed")
+    source, target = MappedArena(1 << 19).extent(left), MappedArena(1 << 19).extent(right)
+    counter = MoveCounter()
+    call = now.compile_copy(source.iov, target.iov, counter, MappedCopier(compiled))
+    assert (call is not None) == (by_loop if has_loop else by_piece)
+    assert counter.chunks == 0
 
 
 async def test_private_memory_is_never_copied_on_the_loop(backend, process):

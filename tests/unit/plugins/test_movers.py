@@ -204,3 +204,71 @@ async def test_threads_give_way_as_they_are_told():
     assert await pool.run(os.getpriority, os.PRIO_PROCESS, 0) == mine + 3
     assert os.getpriority(os.PRIO_PROCESS, 0) == mine
     await pool.aclose()
+
+
+async def test_begun_calls_are_told_together_and_once_for_all_that_ended_meanwhile():
+    pool, told = MoverPool("test", 2), []
+    meet = threading.Barrier(2)
+    is_told = asyncio.Event()
+
+    def done(batch):
+        told.append(batch.results())
+        is_told.set()
+
+    pool.begin([functools.partial(meet.wait, 60)] * 2, done)
+    assert not told
+    await is_told.wait()
+    assert [sorted(results) for results in told] == [[0, 1]]
+    assert pool.idle == 2
+    await pool.aclose()
+    with pytest.raises(Closed):
+        pool.begin([int], done)
+
+
+async def test_an_aborted_batch_is_told_when_its_last_call_has_ended_and_never_from_inside():
+    pool, gate, told = MoverPool("test", 1), Gate(), []
+    never = Gate()
+    is_told = asyncio.Event()
+    running = pool.begin([gate, never], lambda batch: (told.append(batch), is_told.set()))
+    waiting = pool.begin([never], told.append)
+    await gate.begun.wait()
+    waiting.abort()
+    assert not told
+    await asyncio.sleep(0)
+    assert told == [waiting]
+    with pytest.raises(asyncio.CancelledError):
+        waiting.results()
+    running.abort()
+    running.abort()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert told == [waiting], "told while a call was under way"
+    gate.may_end.set()
+    await is_told.wait()
+    assert told == [waiting, running]
+    assert not never.begun.is_set()
+    running.abort()  # too late, and fine
+    await pool.aclose()
+
+
+async def test_a_bug_in_one_end_leaves_the_others_told():
+    pool, gate, told = MoverPool("test", 1), Gate(), []
+    loop = asyncio.get_running_loop()
+    bugs: list[dict[str, object]] = []
+    loop.set_exception_handler(lambda _, context: bugs.append(context))
+    running = pool.begin([gate], told.append)
+    await gate.begun.wait()
+
+    def fail(_):
+        raise ValueError("bug")
+
+    for batch in [pool.begin([int], fail), pool.begin([int], told.append)]:
+        batch.abort()
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert len(told) == len(bugs) == 1
+    gate.may_end.set()
+    await pool.aclose()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert told[1:] == [running]

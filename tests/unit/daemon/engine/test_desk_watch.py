@@ -48,6 +48,7 @@ async def test_each_end_is_told_once(by_name: bool) -> None:
         default_timeout_s=1.0,
         max_transfers=10,
         keep_plans_nbytes=0,
+        check_events=lambda *_: None,
     )
     first, second = (transfer(plan((1, (route("r"),))), name) for name in ("first", "second"))
     desk._by_session[CALLER.session] = OrderedDict((t.id, t) for t in (first, second))

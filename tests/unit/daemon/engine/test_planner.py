@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api.errors import InvalidArgument, MoveFailed, NoRoute
 from xferd.daemon.engine.costs import CostModel
@@ -20,6 +20,8 @@ from xferd.plugins.base import (
     Chunk,
     FileSpace,
     MappedSpace,
+    ObjectSpace,
+    ObjectVersion,
     ProcessSpace,
     RemoteSpace,
     SlotClass,
@@ -28,6 +30,8 @@ from xferd.plugins.base import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from xferd.daemon.engine.plan import Route
 
 M, P, F, R = SpaceKind.MAPPED, SpaceKind.PROCESS, SpaceKind.FILE, SpaceKind.REMOTE
@@ -274,3 +278,89 @@ def test_mixed_lists_become_at_most_one_leg_a_pair_of_spaces_and_no_byte_is_lost
             assert (position, nbytes) not in seen
             seen.add((position, nbytes))
     assert moved == total == plan.total_nbytes
+
+
+OBJECTS = tuple(ObjectSpace("kv" if n < 5 else "other", f"k{n}", 100, ObjectVersion("e", 100)) for n in range(7))
+
+
+class Counting(Mover):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def refusal(self, source: Space, target: Space) -> str:
+        self.asked += 1
+        return super().refusal(source, target)
+
+
+@given(st.data())
+def test_objects_of_a_store_are_read_in_one_leg_and_cut_between_objects(data: st.DataObject) -> None:
+    """However rows alternate: every byte comes from its own object to its own place, a chunk cuts an object only where
+    that object alone passes a limit, and routes are looked for once a store.
+    """
+    which = data.draw(st.lists(st.integers(0, len(OBJECTS) - 1), min_size=1, max_size=30))
+    sizes = [data.draw(st.integers(1, 300)) for _ in which]
+    rows = [(1000 * n, size) for n, size in enumerate(sizes)]
+    source = checked(*rows, space=which, spaces=OBJECTS)
+    total = sum(sizes)
+    borders = sorted(data.draw(st.sets(st.integers(1, max(1, total - 1)), max_size=10)) & set(range(1, total)))
+    places = [(1 << 20 | a * 8, b - a) for a, b in itertools.pairwise([0, *borders, total])]
+    mover = Counting({(SpaceKind.OBJECT, M)})
+    costs, chunk_nbytes, max_pieces = CostModel(), 256, 6
+    made = Planner("here", {"object": mover}, costs, chunk_nbytes=chunk_nbytes, max_pieces=max_pieces, staging_slots=2)
+    plan = made.plan(source, checked(*places))
+    stores = {OBJECTS[n].store for n in which}
+    assert len(plan.legs) == mover.asked == len(stores)
+    expected = dict(zip(spread(rows, which), spread(places, [0] * len(places)), strict=True))
+    found = {}
+    for leg in plan.legs:
+        members = [OBJECTS.index(m) for m in getattr(leg.source.space, "members", (leg.source.space,))]
+        numbers = [0] * len(leg.source.iov) if leg.source.region is None else leg.source.region.tolist()
+        from_ = spread(leg.source.iov.tolist(), [members[n] for n in numbers])
+        found.update(zip(from_, spread(leg.target.iov.tolist(), [0] * len(leg.target.iov)), strict=True))
+        runs = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        ends = np.cumsum(leg.source.iov[:, 1])
+        for start, stop in itertools.pairwise(leg.cuts):
+            chunk = leg.source.cut(start, stop), leg.target.cut(start, stop)
+            assert stop - start <= chunk_nbytes
+            assert max(len(extent.iov) for extent in chunk) <= max_pieces + 1
+        if len(members) == 1:
+            continue
+        for first, last in itertools.pairwise(runs):
+            start, stop = int(ends[first - 1]) if first else 0, int(ends[last - 1])
+            rows_of_it = max(last - first, len(leg.target.cut(start, stop).iov))
+            if stop - start <= chunk_nbytes and rows_of_it < max_pieces:
+                assert not [at for at in leg.cuts if start < at < stop], "an object that fits into a chunk was cut"
+    assert found == expected
+
+
+def test_objects_that_are_written_keep_a_leg_each_and_routes_are_weighed_once() -> None:
+    """A write appears object by object; what it costs to plan does not grow with how many there are."""
+    mover = Counting({(M, SpaceKind.OBJECT)})
+    made = Planner("here", {"object": mover}, CostModel(), chunk_nbytes=4096, max_pieces=64, staging_slots=2)
+    rows = [(0, 100)] * 5
+    plan = made.plan(checked((1 << 20, 500)), checked(*rows, space=range(5), spaces=OBJECTS[:5]))
+    assert [leg.target.space for leg in plan.legs] == list(OBJECTS[:5])
+    assert mover.asked == 1
+    assert len(plan.considered) == 1
+
+
+def spread(rows: Sequence[Sequence[int]], which: Sequence[int]) -> list[tuple[int, int]]:
+    """Return each byte of rows in order: of which space, and where in it."""
+    return [(space, at + n) for (at, nbytes), space in zip(rows, which, strict=True) for n in range(nbytes)]
+
+
+def test_a_backend_with_limits_of_its_own_gets_chunks_of_them_where_it_moves_alone() -> None:
+    class Quick(Mover):
+        def chunk_limits(self, source: Space, target: Space) -> tuple[int, int] | None:
+            return 4 << 20, 1 << 20
+
+    quick = Quick({(M, M), (M, R), (R, M)}, cost_s=0.5)
+    (leg,) = planner(quick=quick).plan(checked((0, 10 << 20)), checked((1 << 30, 10 << 20))).legs
+    assert leg.cuts == (0, 4 << 20, 8 << 20, 10 << 20)
+    staged = planner(posix=POSIX, quick=quick).plan(
+        checked((0, 4 << 20), spaces=(FileSpace(3, "/f"),)),
+        checked((0, 4 << 20), spaces=(RemoteSpace("b", 1),), node="b"),
+    )
+    assert staged.legs[0].routes[0].is_staged
+    assert staged.legs[0].cuts == (0, 1 << 20, 2 << 20, 3 << 20, 4 << 20), "staging slots have the daemon's chunk size"

@@ -27,6 +27,9 @@ class Mover:
         self._outcomes = list(outcomes)
         self.started = asyncio.Event()
 
+    def begin(self, _chunk: object, _done: object) -> None:
+        """As a backend that has ``move`` alone."""
+
     async def move(self, _chunk: object) -> int:
         self.started.set()
         if not self._outcomes:
@@ -61,7 +64,7 @@ async def run(mover: Mover, costs: CostModel, t: Transfer, *, cancel: bool = Fal
         await mover.started.wait()
         if cancel:
             runner.cancel(t)
-        await runner.wait([t], 10.0)
+        await runner.ends.wait([t], 10.0)
     assert len(costs._pipes) == 0, "a chunk is left in its pipe"
     costs.check_invariants()
     return t

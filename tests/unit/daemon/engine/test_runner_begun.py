@@ -1,0 +1,190 @@
+"""Chunks that are begun by a call end as moved ones do: told once, however they end, and nothing of them is left."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from test_machine import plan, route, transfer
+
+from xferd.api.errors import Cancelled, Closed, DeadlineExceeded, InternalError, MoveFailed
+from xferd.api.types import TransferState
+from xferd.daemon.engine.costs import CostModel
+from xferd.daemon.engine.machine import TransferMachine
+from xferd.daemon.engine.runner import Runner
+from xferd.daemon.engine.scheduler import Scheduler
+from xferd.daemon.engine.sealing import NoSealer
+from xferd.plugins.base import Begun
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from xferd.plugins.base import Chunk
+
+
+class Started(Begun):
+    """A chunk that ends when the test says so."""
+
+    def __init__(self, done: Callable[[int | Exception], None]) -> None:
+        self.done = done
+        self.aborts = 0
+        self.aborted = asyncio.Event()
+
+    def abort(self) -> None:
+        self.aborts += 1
+        self.aborted.set()
+
+
+class Mover:
+    """Begins what it is given, or raises, or leaves it to ``move``."""
+
+    def __init__(self) -> None:
+        self.started: list[Started] = []
+        self.moved: list[Chunk] = []
+        self.raises: Exception | None = None
+        self.has_begin = True
+
+    def begin(self, _chunk: Chunk, done: Callable[[int | Exception], None]) -> Begun | None:
+        if self.raises is not None:
+            raise self.raises
+        if not self.has_begin:
+            return None
+        self.started.append(Started(done))
+        return self.started[-1]
+
+    async def move(self, chunk: Chunk) -> int:
+        self.moved.append(chunk)
+        return chunk.nbytes
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.mover = Mover()
+        self.machine = TransferMachine(Scheduler())
+        self.costs = CostModel()
+        self.ended: list[object] = []
+
+        async def deliver(_: object) -> None: ...
+
+        self.runner = Runner(
+            self.machine,
+            cast("Any", {"mover": self.mover, "other": self.mover}),
+            self.costs,
+            cast("Any", None),
+            sealer=NoSealer(),
+            deliver=deliver,
+            on_ended=self.ended.append,
+            clock=asyncio.get_running_loop().time,
+        )
+
+    def post(self, chunks: int = 1, *routes: str, timeout_s: float = 30.0) -> Any:
+        t = transfer(plan((chunks, tuple(map(route, routes or ("mover",))))))
+        t.timeout_s = timeout_s
+        self.machine.add(t)
+        self.runner.post(t)
+        return t
+
+    def check_nothing_left(self) -> None:
+        assert not self.runner._begun
+        assert len(self.runner._deadlines) == 0
+        assert len(self.costs._pipes) == 0
+        self.machine.check_invariants()
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    rig = Rig()
+    async with rig.runner:
+        yield rig
+    rig.check_nothing_left()
+
+
+async def test_a_begun_chunk_needs_no_task_and_ends_its_transfer(rig: Rig) -> None:
+    before = asyncio.all_tasks()
+    t = rig.post()
+    assert asyncio.all_tasks() == before
+    assert t.state is TransferState.RUNNING
+    rig.mover.started[0].done(10)
+    assert t.state is TransferState.DONE
+    assert rig.ended == [t]
+    assert not rig.mover.moved
+
+
+async def test_what_is_not_begun_is_moved(rig: Rig) -> None:
+    rig.mover.has_begin = False
+    t = rig.post(2)
+    await rig.runner.ends.wait([t], 10.0)
+    assert t.state is TransferState.DONE
+    assert len(rig.mover.moved) == 2
+
+
+async def test_a_cancelled_transfer_ends_when_its_chunks_have_come_to_rest(rig: Rig) -> None:
+    t = rig.post(2)
+    first, second = rig.mover.started
+    rig.runner.cancel(t)
+    assert (first.aborts, second.aborts) == (1, 1)
+    second.done(Cancelled("stopped"))
+    assert t.is_active, "a chunk of it still moves"
+    first.done(10)  # it was too late for it
+    assert t.state is TransferState.CANCELLED
+
+
+async def test_a_deadline_aborts_what_was_begun(rig: Rig) -> None:
+    t = rig.post(timeout_s=0.0)
+    await rig.mover.started[0].aborted.wait()
+    rig.mover.started[0].done(Cancelled("stopped"))
+    assert t.state is TransferState.FAILED
+    assert isinstance(t.verdict, DeadlineExceeded)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [(MoveFailed("EIO"), MoveFailed), (Closed("shut"), Closed), (ZeroDivisionError("?"), InternalError)],
+)
+async def test_an_error_or_a_bug_fails_the_transfer_whether_told_or_raised(
+    rig: Rig, raises: bool, error: Exception, verdict: type[Exception]
+) -> None:
+    rig.mover.raises = error if raises else None
+    t = rig.post()
+    if raises:
+        assert t.is_active, "told from inside the post"
+        await rig.runner.ends.wait([t], 10.0)
+    else:
+        rig.mover.started[0].done(error)
+    assert t.state is TransferState.FAILED
+    assert isinstance(t.verdict, verdict)
+
+
+async def test_all_chunks_that_cannot_begin_are_told(rig: Rig) -> None:
+    rig.mover.raises = MoveFailed("EIO")
+    t = rig.post(2, "mover", "other")
+    await rig.runner.ends.wait([t], 10.0)
+    assert isinstance(t.verdict, MoveFailed)
+    assert len(t.verdict.routes_tried) == 2
+
+
+async def test_a_chunk_that_fails_takes_the_next_route(rig: Rig) -> None:
+    t = rig.post(1, "mover", "other")
+    rig.mover.started[0].done(MoveFailed("EIO"))
+    rig.mover.started[1].done(10)
+    assert t.state is TransferState.DONE
+    assert t.reroutes == 1
+
+
+async def test_a_count_that_is_wrong_is_a_failure(rig: Rig) -> None:
+    t = rig.post()
+    rig.mover.started[0].done(9)
+    assert t.state is TransferState.FAILED
+
+
+async def test_leaving_waits_until_what_was_begun_has_come_to_rest() -> None:
+    rig = Rig()
+    async with rig.runner:
+        t = rig.post()
+        [started] = rig.mover.started
+        asyncio.get_running_loop().call_later(0.01, started.done, Cancelled("stopped"))
+    assert started.aborts == 1
+    assert t.state is TransferState.CANCELLED
+    rig.check_nothing_left()
