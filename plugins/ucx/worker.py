@@ -1,0 +1,352 @@
+"""The thread that makes UCX progress: endpoints, and messages that are sent and received by tag.
+
+One thread owns the UCX worker and makes every call to it; others give it work by ``post`` and hear of ends by
+callbacks in that thread. It sleeps in ``poll`` on the worker's event descriptor: nothing is looked at while nothing
+happens, unless ``spin_us`` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import select
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import structlog
+
+from xferd.api.errors import Closed, MoveFailed, PeerLost, XferdError
+from xferd.plugins import vectored
+from xferd.plugins.ucx import library as lib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from xferd.plugins.base import IovTable
+    from xferd.plugins.ucx.library import Ucp
+
+STEPS = 64
+"""Calls of progress between two looks at what has ended and what is new."""
+
+log = structlog.get_logger("xferd.ucx")
+
+
+class Endpoint:
+    """A connection to a peer's worker. ``failure`` is why it is no longer good; it is never good again then."""
+
+    def __init__(self, node: str, address: bytes) -> None:
+        self.node = node
+        self.address = address
+        self.failure = ""
+        self.handle: int | None = None
+        self.operations: set[Operation] = set()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._waiting: list[Callable[[], None]] = []
+
+    async def closed(self) -> None:
+        """Return when it was cut and nothing of it is left, so that another one to the same peer may be opened."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(settle)
+
+        with self._lock:
+            if self._is_closed:
+                return
+            self._waiting.append(tell)
+        await done
+
+    def note_closed(self) -> None:
+        """Let go of who waits for it; from the worker's thread."""
+        with self._lock:
+            self._is_closed = True
+            waiting, self._waiting = self._waiting, []
+        for tell in waiting:
+            tell()
+
+
+class Operation:
+    """One message that is sent or received. ``error`` and ``moved`` are set when ``on_end`` is called.
+
+    By then UCX touches no memory of ``table`` any more.
+    """
+
+    __slots__ = (
+        "endpoint",
+        "error",
+        "is_send",
+        "moved",
+        "nbytes",
+        "on_end",
+        "param",
+        "request",
+        "status",
+        "table",
+        "tag",
+    )
+
+    def __init__(
+        self, endpoint: Endpoint, table: IovTable, tag: int, on_end: Callable[[Operation], None], *, is_send: bool
+    ) -> None:
+        self.endpoint = endpoint
+        self.table = table
+        self.tag = tag
+        self.nbytes = vectored.total_nbytes(table)
+        self.on_end = on_end
+        self.is_send = is_send
+        self.request: int | None = None
+        self.moved = 0
+        self.status = lib.IN_PROGRESS
+        self.error: XferdError | None = None
+        one_row = len(table) == 1
+        self.param = lib.RequestParam(
+            op_attr_mask=lib.OP_DATATYPE | lib.OP_NO_IMMEDIATE,
+            datatype=lib.DATATYPE_BYTES if one_row else lib.DATATYPE_IOV,
+        )
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Buffer and count as the datatype wants them."""
+        if len(self.table) == 1:
+            return int(self.table[0, 0]), int(self.table[0, 1])
+        return int(self.table.ctypes.data), len(self.table)
+
+
+class Worker:
+    """UCX's context and worker with their thread. ``post`` may be called from any thread, all else is its own.
+
+    Raises ``Unsupported`` or ``ConfigError`` where UCX cannot start.
+    """
+
+    def __init__(self, ucp: Ucp, settings: Mapping[str, str], *, spin_us: int = 0) -> None:
+        self._ucp = ucp
+        self._spin_s = spin_us * 1e-6
+        self._spin_until = 0.0
+        self._context = ucp.open_context(settings)
+        try:
+            self._worker = ucp.open_worker(self._context)
+        except XferdError:
+            ucp.cleanup(self._context)
+            raise
+        self.address = ucp.address_of(self._worker)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(ucp.event_fd_of(self._worker), select.POLLIN)
+        self._poll.register(self._wake_fd, select.POLLIN)
+        self._posted: deque[Callable[[], None]] = deque()
+        self._is_asleep = False
+        self._is_stopping = False  # in the thread
+        self._is_stopped = False
+        self._endpoints: dict[int, Endpoint] = {}
+        self._live: set[Operation] = set()
+        self._closing: dict[int, Endpoint] = {}
+        self._on_error = lib.ErrorCallback(self._endpoint_failed)
+        self._thread = threading.Thread(target=self._run, name="xferd-ucx", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------------------------- from any thread
+
+    def connect(self, endpoint: Endpoint) -> None:
+        """Open an endpoint; messages may be posted to it at once."""
+        self._post(lambda: self._connect(endpoint))
+
+    def begin(self, operation: Operation) -> None:
+        """Begin to send or to receive; ``on_end`` is called in the worker's thread.
+
+        Raises:
+            Closed: the worker was stopped.
+        """
+        if self._is_stopped:
+            raise Closed("the ucx backend is closed")
+        self._post(lambda: self._begin(operation))
+
+    def cancel(self, operation: Operation) -> None:
+        """End a receive for which nothing has come yet; others go on."""
+        if not self._is_stopped:
+            self._post(lambda: self._cancel(operation))
+
+    def close(self, endpoint: Endpoint, reason: str) -> None:
+        """Cut an endpoint: what moves by it ends, with ``reason``. Twice is fine."""
+        endpoint.failure = endpoint.failure or reason
+        if not self._is_stopped:
+            self._post(lambda: self._close(endpoint))
+
+    def stop(self) -> None:
+        """Cut all endpoints, end the thread, give everything back. Blocks until then; twice is fine."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            self._post(self._stop)
+            self._thread.join()
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._posted.append(call)
+        if self._is_asleep:
+            os.eventfd_write(self._wake_fd, 1)
+
+    # ---------------------------------------------------------------------------------- in the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._has_rested():
+                self._turn()
+        finally:
+            self._ucp.worker_destroy(self._worker)
+            self._ucp.cleanup(self._context)
+            os.close(self._wake_fd)
+
+    def _has_rested(self) -> bool:
+        return self._is_stopping and not self._live and not self._closing
+
+    def _turn(self) -> None:
+        """Do what was posted, make progress until there is none, look at what has ended, sleep."""
+        progress, worker = self._ucp.worker_progress, self._worker
+        while self._posted:
+            self._posted.popleft()()
+        steps = STEPS
+        while steps and progress(worker):
+            steps -= 1
+        if self._reap() or steps < STEPS or self._posted:
+            if self._spin_s:
+                self._spin_until = time.monotonic() + self._spin_s
+        elif not self._has_rested() and not (self._spin_s and time.monotonic() < self._spin_until):
+            self._sleep()
+
+    def _sleep(self) -> None:
+        self._is_asleep = True
+        try:
+            # In this order: who posts after the look sees that we sleep, and writes to the descriptor.
+            if not self._posted and self._ucp.worker_arm(self._worker) == lib.OK:
+                for fd, _ in self._poll.poll():
+                    if fd == self._wake_fd:
+                        os.eventfd_read(fd)
+        finally:
+            self._is_asleep = False
+
+    def _reap(self) -> int:
+        """End the operations and closes that UCX has ended; returns how many."""
+        ended = 0
+        for operation in [one for one in self._live if self._has_ended(one)]:
+            ended += 1
+            self._end(operation)
+        for request in [one for one in self._closing if self._ucp.request_check_status(one) != lib.IN_PROGRESS]:
+            ended += 1
+            self._ucp.request_free(request)
+            self._closing.pop(request).note_closed()
+        return ended
+
+    def _has_ended(self, operation: Operation) -> bool:
+        if operation.is_send:
+            operation.status = self._ucp.request_check_status(operation.request)
+            operation.moved = operation.nbytes if operation.status == lib.OK else 0
+        else:
+            info = lib.TagInfo()
+            operation.status = self._ucp.tag_recv_request_test(operation.request, ctypes.byref(info))
+            operation.moved = info.length if operation.status == lib.OK else 0
+        return operation.status != lib.IN_PROGRESS
+
+    def _end(self, operation: Operation) -> None:
+        self._live.discard(operation)
+        operation.endpoint.operations.discard(operation)
+        if operation.request is not None:
+            self._ucp.request_free(operation.request)
+            operation.request = None
+        if operation.status != lib.OK:
+            operation.error = self._error_of(operation)
+        operation.on_end(operation)
+
+    def _error_of(self, operation: Operation) -> XferdError:
+        endpoint, words = operation.endpoint, self._ucp.describe(operation.status)
+        if endpoint.failure:
+            return PeerLost(f"node {endpoint.node!r}: {endpoint.failure}", remedy="post it again")
+        if operation.status == lib.ERR_CANCELED:
+            return MoveFailed(f"a message of node {endpoint.node!r} was cancelled")
+        what = "sent" if operation.is_send else "received"
+        return MoveFailed(f"UCX: {operation.nbytes} bytes cannot be {what} (node {endpoint.node!r}): {words}")
+
+    def _connect(self, endpoint: Endpoint) -> None:
+        if endpoint.failure:
+            endpoint.note_closed()
+            return
+        handle = ctypes.c_void_p()
+        params = lib.EndpointParams(
+            field_mask=lib.EP_REMOTE_ADDRESS | lib.EP_ERR_MODE | lib.EP_ERR_HANDLER,
+            err_mode=lib.ERR_MODE_PEER,
+            err_callback=self._on_error,
+        )
+        address = ctypes.create_string_buffer(endpoint.address, len(endpoint.address))
+        params.address = ctypes.cast(address, ctypes.c_char_p)
+        status = self._ucp.ep_create(self._worker, ctypes.byref(params), ctypes.byref(handle))
+        if status != lib.OK:
+            self._fail(endpoint, f"UCX cannot connect: {self._ucp.describe(status)}")
+            endpoint.note_closed()
+            return
+        assert handle.value is not None
+        endpoint.handle = handle.value
+        self._endpoints[handle.value] = endpoint
+
+    def _begin(self, operation: Operation) -> None:
+        endpoint = operation.endpoint
+        if endpoint.failure or endpoint.handle is None:
+            operation.status = lib.ERR_CANCELED
+            self._end(operation)
+            return
+        buffer, count = operation.span
+        param = ctypes.byref(operation.param)
+        if operation.is_send:
+            found = self._ucp.tag_send_nbx(endpoint.handle, buffer, count, operation.tag, param)
+        else:
+            found = self._ucp.tag_recv_nbx(self._worker, buffer, count, operation.tag, lib.FULL_MASK, param)
+        operation.status = lib.status_of(found)
+        if operation.status == lib.IN_PROGRESS:
+            operation.request = found
+            endpoint.operations.add(operation)
+            self._live.add(operation)
+        else:
+            self._end(operation)
+
+    def _cancel(self, operation: Operation) -> None:
+        if operation in self._live and not operation.is_send:
+            self._ucp.request_cancel(self._worker, operation.request)
+
+    def _endpoint_failed(self, _: int | None, handle: int, status: int) -> None:
+        """UCX calls this from within progress; the endpoint must still be closed, which is not done in here."""
+        endpoint = self._endpoints.get(handle)
+        if endpoint is not None:
+            self._fail(endpoint, f"UCX lost it: {self._ucp.describe(status)}")
+            self._posted.append(lambda: self._close(endpoint))
+
+    def _fail(self, endpoint: Endpoint, reason: str) -> None:
+        if not endpoint.failure:
+            endpoint.failure = reason
+            log.info("endpoint lost", peer=endpoint.node, reason=reason)
+
+    def _close(self, endpoint: Endpoint) -> None:
+        handle, endpoint.handle = endpoint.handle, None
+        if handle is None:
+            if not any(one is endpoint for one in self._closing.values()):
+                endpoint.note_closed()
+            return
+        for operation in list(endpoint.operations):
+            self._cancel(operation)
+        param = lib.RequestParam(op_attr_mask=lib.OP_FLAGS, flags=lib.EP_CLOSE_FORCE)
+        found = self._ucp.ep_close_nbx(handle, ctypes.byref(param))
+        self._endpoints.pop(handle, None)
+        if lib.status_of(found) == lib.IN_PROGRESS:
+            self._closing[found] = endpoint
+        else:
+            endpoint.note_closed()
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+        for endpoint in list(self._endpoints.values()):
+            endpoint.failure = endpoint.failure or "the ucx backend is closed"
+            self._close(endpoint)
