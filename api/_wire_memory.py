@@ -120,6 +120,8 @@ def pool_to_message(info: t.PoolInfo) -> pb.PoolInfo:
         mappable=info.mappable,
         huge_nbytes=info.huge_nbytes,
         huge_refusal=info.huge_refusal,
+        device=info.device,
+        reason=text(info.reason),
     )
 
 
@@ -139,6 +141,8 @@ def pool_from_message(message: pb.PoolInfo) -> t.PoolInfo:
         mappable=message.mappable,
         huge_nbytes=message.huge_nbytes,
         huge_refusal=message.huge_refusal,
+        device=message.device,
+        reason=message.reason,
     )
 
 

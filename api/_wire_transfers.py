@@ -92,6 +92,8 @@ def transfer_request_to_message(request: t.TransferRequest, *, wait_s: float = 0
         backend=request.backend,
         hold=request.hold,
         verify=request.verify,
+        wait_event=request.wait_event,
+        done_event=request.done_event,
         wait_s=wait_s,
     )
 
@@ -116,6 +118,8 @@ def transfer_request_from_message(message: pb.SubmitRequest, max_descriptors: in
         backend=message.backend,
         hold=message.hold,
         verify=message.verify,
+        wait_event=message.wait_event,
+        done_event=message.done_event,
     )
 
 

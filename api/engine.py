@@ -126,6 +126,41 @@ class Memory(Protocol):
             LimitExceeded: a page of more than 1000.
         """
 
+    async def register_device(self, caller: t.Caller, request: t.RegisterDeviceRequest) -> t.RegionInfo:
+        """Register GPU memory of the calling process by its IPC handle.
+
+        Raises:
+            InvalidArgument: no such handle, also of a process that has gone; a UUID or handle of a wrong length.
+            OutOfBounds: the region passes the allocation's end.
+            NotFound: no GPU of the node has the UUID.
+            Unsupported: no backend has GPUs.
+            DeviceLost, Unavailable: the GPU, or its worker, is out of order.
+        """
+
+    async def export_device(self, caller: t.Caller, region: t.RegionId) -> t.DeviceHandle:
+        """Say how another process opens a region of GPU memory; the caller owns it or its access is not NONE.
+
+        Raises:
+            InvalidArgument: the region is no GPU memory.
+            Unsupported: it was registered by a file descriptor, which only its owner can pass on.
+            PermissionDenied: another session's region that grants no access.
+        """
+
+    def devices(self) -> list[t.DeviceInfo]:
+        """List the GPUs of the node, those that cannot be used among them; empty without a backend that has any."""
+
+    async def open_device_event(self, caller: t.Caller, device: int, handle: bytes) -> t.DeviceEvent:
+        """Open an event of the calling process by its IPC handle, or make one where ``handle`` is b"".
+
+        It is good until the session ends.
+
+        Raises:
+            NotFound: no such GPU.
+            InvalidArgument: no such handle.
+            LimitExceeded: the session has very many.
+            Unsupported, DeviceLost, Unavailable: as with ``register_device``.
+        """
+
     async def hand_over(self, caller: t.Caller, request: t.HandOverRequest) -> t.RegionListing:
         """Give regions of the caller (an operator: of any session) to another agent of this node, all or none.
 

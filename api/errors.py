@@ -203,6 +203,17 @@ class PeerLost(XferdError):
     retryable = True
 
 
+class DeviceLost(XferdError):
+    """A device worker ended, or did not answer in time and was killed; what it had mapped is let go of.
+
+    The next use starts a new worker, which maps again what still lives. Memory of the daemon's own pool on that device
+    is gone if its owner was the worker that died. ``__cause__`` holds nothing.
+    """
+
+    code = "device_lost"
+    retryable = True
+
+
 class ProtocolViolation(XferdError):
     """The other side sent something that the protocol forbids: a wrong magic, version, size or proof."""
 
@@ -268,6 +279,7 @@ ERROR_TABLE: dict[type[XferdError], ErrorStatus] = {
     NoRoute: ErrorStatus("UNIMPLEMENTED", 501),
     DeadlineExceeded: ErrorStatus("DEADLINE_EXCEEDED", 504),
     PeerLost: ErrorStatus("UNAVAILABLE", 502),
+    DeviceLost: ErrorStatus("UNAVAILABLE", 503),
     ProtocolViolation: ErrorStatus("INTERNAL", 502),
     ShortTransfer: ErrorStatus("DATA_LOSS", 500),
     IntegrityError: ErrorStatus("DATA_LOSS", 500),

@@ -6,107 +6,29 @@ All are frozen dataclasses in bytes, seconds and UNIX times. How they look on a 
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING
+
+from xferd.api._enums import (
+    ENDED as ENDED,
+    Access as Access,
+    CheckState as CheckState,
+    MemoryKind as MemoryKind,
+    PeerState as PeerState,
+    PreparedHandle as PreparedHandle,
+    Priority as Priority,
+    RegionId as RegionId,
+    RegionSource as RegionSource,
+    SessionId as SessionId,
+    TransferId as TransferId,
+    TransferOp as TransferOp,
+    TransferState as TransferState,
+    Transport as Transport,
+)
 
 if TYPE_CHECKING:
     from xferd.api.descriptors import ListSpec
     from xferd.api.errors import XferdError
-
-SessionId = NewType("SessionId", str)
-TransferId = NewType("TransferId", str)
-RegionId = NewType("RegionId", int)
-"""``generation << 32 | slot``: an id is never given twice, so that a stale one is noticed."""
-PreparedHandle = NewType("PreparedHandle", int)
-
-
-class MemoryKind(enum.Enum):
-    """What sort of memory a region is; the values are the names of the wire."""
-
-    DRAM = "DRAM"
-    VRAM = "VRAM"
-    FILE = "FILE"
-    OBJECT = "OBJECT"
-    BLOCK = "BLOCK"
-
-
-class RegionSource(enum.Enum):
-    """Where a region's bytes live, which decides how they can be reached."""
-
-    POOL = "POOL"
-    MEMFD = "MEMFD"
-    PRIVATE = "PRIVATE"
-    PATH = "PATH"
-    FD = "FD"
-    OBJECT = "OBJECT"
-
-
-class Access(enum.Flag):
-    """What others than the owner may do with a region; the owner may always do both."""
-
-    NONE = 0
-    READ = 1
-    WRITE = 2
-    READ_WRITE = 3
-
-
-class TransferOp(enum.Enum):
-    """READ pulls the remote list into the local one, WRITE pushes the local list into the remote one."""
-
-    READ = "READ"
-    WRITE = "WRITE"
-
-
-class TransferState(enum.Enum):
-    """The states of a transfer; ``daemon/engine/states.py`` has the table of transitions."""
-
-    PREPARED = "PREPARED"
-    POSTED = "POSTED"
-    RUNNING = "RUNNING"
-    DONE = "DONE"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
-
-
-ENDED = frozenset({TransferState.DONE, TransferState.FAILED, TransferState.CANCELLED})
-"""States in which no byte of the transfer moves any more."""
-
-
-class Priority(enum.Enum):
-    """Class of a transfer for the scheduler; order within a class is round robin by transfer."""
-
-    LOW = "LOW"
-    NORMAL = "NORMAL"
-    HIGH = "HIGH"
-
-
-class PeerState(enum.Enum):
-    """How this node sees another one."""
-
-    UNKNOWN = "UNKNOWN"
-    JOINING = "JOINING"
-    READY = "READY"
-    SUSPECT = "SUSPECT"
-    DRAINING = "DRAINING"
-    GONE = "GONE"
-
-
-class CheckState(enum.Enum):
-    """How a check of the daemon's surroundings ended; what does not apply is OK, and the finding says so."""
-
-    OK = "OK"
-    WARN = "WARN"
-    FAIL = "FAIL"
-
-
-class Transport(enum.Enum):
-    """How a session came about; its values stand in listings."""
-
-    SOCKET = "socket"
-    GRPC = "grpc"
-    REST = "rest"
-
 
 # ------------------------------------------------------------------------------------------- sessions
 
@@ -178,7 +100,8 @@ class PoolInfo:
     """Statistics of one pool. ``fragmentation`` is 1 - largest free extent / free bytes, 0 when none is free.
 
     ``huge_nbytes`` is what lies in pages of 2 MiB as far as the daemon saw to it, and ``huge_refusal`` why the kernel
-    makes no such pages, or "".
+    makes no such pages, or "". ``reason`` says why nothing can be allocated from it now, or ""; ``device`` is the GPU
+    of a pool of GPU memory.
     """
 
     name: str
@@ -194,6 +117,8 @@ class PoolInfo:
     mappable: bool
     huge_nbytes: int = 0
     huge_refusal: str = ""
+    device: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +200,66 @@ class RegisterObjectRequest:
     create: bool = False
     access: Access = Access.NONE
     label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterDeviceRequest:
+    """A span of the calling process's GPU memory, in an allocation that it exported.
+
+    ``device_uuid`` has 16 bytes. ``handle`` is an IPC handle of 64 bytes; b"" where a file descriptor comes over the
+    session socket. ``nbytes`` 0 reaches up to the allocation's end.
+    """
+
+    device_uuid: bytes
+    allocation_nbytes: int
+    handle: bytes = b""
+    offset: int = 0
+    nbytes: int = 0
+    access: Access = Access.NONE
+    label: str = ""
+    writable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceHandle:
+    """How a process opens the allocation of a region of GPU memory, and where in it the region is."""
+
+    device_uuid: bytes
+    handle: bytes
+    allocation_nbytes: int
+    offset: int
+    driver: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One GPU of the node; ``reason`` says why it cannot be used, "" where it can.
+
+    ``free_nbytes`` is as of the last time that a worker was asked. ``pinned_nbytes`` is host memory that the driver has
+    locked, summed over workers; ``kernel_s`` and ``copy_s`` are device time.
+    """
+
+    index: int
+    device_uuid: bytes
+    name: str
+    driver: str
+    reason: str
+    total_nbytes: int
+    free_nbytes: int
+    workers: int
+    worker_restarts: int
+    pinned_nbytes: int
+    moved_nbytes: int
+    kernel_s: float
+    copy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEvent:
+    """An event of a session: ``handle`` is b"" for one that the client made itself."""
+
+    event: int
+    handle: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +366,9 @@ class Notification:
 class TransferRequest:
     """What to move, and how. ``timeout_s`` 0.0 takes the daemon's default; it counts from posting.
 
-    ``verify`` has what is read from storage pools compared with its checksums before DONE is told.
+    ``verify`` has what is read from storage pools compared with its checksums before DONE is told. ``wait_event`` and
+    ``done_event`` are events of the session, 0: none: chunks that touch GPU memory wait for the first and record the
+    second.
     """
 
     op: TransferOp
@@ -395,6 +382,8 @@ class TransferRequest:
     backend: str = ""
     hold: bool = False
     verify: bool = False
+    wait_event: int = 0
+    done_event: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xferd.api import types as t
-from xferd.api import wire
+from xferd.api import types as t, wire
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients._calls import Call
 
@@ -45,6 +44,15 @@ def pools() -> Call[list[t.PoolInfo]]:
         return [wire.pool_from_message(message) for message in reply.pools]
 
     return Call("AdminService.ListPools", pb.ListPoolsRequest(), parse, is_admin=True)
+
+
+def devices() -> Call[list[t.DeviceInfo]]:
+    """List GPUs."""
+
+    def parse(reply: pb.DeviceList) -> list[t.DeviceInfo]:
+        return [wire.device_from_message(message) for message in reply.devices]
+
+    return Call("MemoryService.ListDevices", pb.ListDevicesRequest(), parse, is_admin=True)
 
 
 def sessions() -> Call[list[t.SessionInfo]]:

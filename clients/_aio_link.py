@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import grpc
 
-from xferd.api import types as t
-from xferd.api import wire
+from xferd.api import types as t, wire
 from xferd.api.errors import DeadlineExceeded, ShortTransfer, Unavailable, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
@@ -28,6 +27,7 @@ from xferd.clients._base import (
     write_requests,
 )
 from xferd.clients._calls import Call, Methods, bearer, channel_options, wait_slices
+from xferd.clients._device_regions import check_exportable
 from xferd.clients._errors import error_of
 from xferd.clients._ring_base import RingChoice, granted, needs_poll, refused, ring_request
 from xferd.clients._session_socket import close_all, ended, find_place, hello, map_pool, mapped_pool, open_socket
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from xferd.api.proto.session_v1_pb2 import SessionSocketRequest
     from xferd.clients._ring_tracks import Track
+    from xferd.clients.devices import DeviceArray, ElementShape
+    from xferd.clients.memory import RegionBase
     from xferd.clients.transfers import TransferBase, TransferLike
 
 R = TypeVar("R")
@@ -193,6 +195,7 @@ class AsyncLink(ClientBase):
                 self._ring.close()
             self._pools.clear()
             self._kept.clear()
+            self._devices.clear()
             try:
                 await self._channel.close()
             finally:
@@ -392,6 +395,18 @@ class AsyncLink(ClientBase):
                     self._pools[info.pool] = mapped_pool(*await self._socket.exchange(map_pool(info.pool)))
                 except Unsupported:
                     self._pools[info.pool] = None
+
+    async def _device_array(self, region: RegionBase, elements: ElementShape) -> DeviceArray:
+        """Return a region of GPU memory as an array; where it lies is asked once."""
+        self._check_open()
+        own = self._devices.own_array(region.id, elements)
+        if own is not None:
+            return own
+        check_exportable(region.info, self.grant.node)
+        if region._handle is None:
+            region._handle = await self._call(calls.export_device(region.id))
+        # In a thread, because the first mapping of a process may have to make a context: some 0.1 s.
+        return await asyncio.to_thread(self._devices.array, region.info, region._handle, elements, self.agent)
 
     # -- the end
 

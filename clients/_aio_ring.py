@@ -16,6 +16,7 @@ from xferd.clients._ring_base import (
     Submission,
     cancel_of,
     closed_meanwhile,
+    fence_of,
     is_told,
     listen_of,
     post_of,
@@ -101,15 +102,16 @@ class AsyncRing(RingBase):
         ask = Ask(track)
         track.post(ask)
         try:
-            if not await self._send(ask, post_of(track)):
+            if not await self._send(ask, post_of(track, tells_accepted=wait_s <= 0)):
                 track.unpost()
                 return None
         except asyncio.CancelledError:  # while it waited for room: nothing was asked
             track.unpost()
             raise
-        if wait_s > 0:
-            await self._over(ask, wait_s)
-        await self._accepted(ask)
+        if wait_s <= 0:
+            await self._accepted(ask)
+        elif not await self._over(ask, wait_s):
+            await self._ask_if_accepted(ask)
         return track if self._is_posted(track, ask) else None
 
     async def post_many(self, transfers: Sequence[TransferBase]) -> list[TransferBase]:
@@ -123,6 +125,13 @@ class AsyncRing(RingBase):
 
     async def _accepted(self, ask: Ask) -> None:
         await self._until(lambda: ask.is_accepted or ask.is_over, (ask,), None)
+
+    async def _ask_if_accepted(self, ask: Ask) -> None:
+        """As ``SyncRing._ask_if_accepted``."""
+        fence = Ask()
+        if await self._send(fence, fence_of()):
+            await self._over(fence)
+        ask.is_accepted = ask.is_accepted or not (fence.is_lost or ask.is_over)
 
     async def cancel(self, tracks: Sequence[Track]) -> bool:
         """As ``SyncRing.cancel``."""

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from xferd.api.errors import Closed, ProtocolViolation, Unauthenticated, Unavailable, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients._calls import bearer
+from xferd.clients._device_regions import DeviceBook
 from xferd.clients._errors import error_of
 from xferd.clients.memory import STREAM_NBYTES, pool_view
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
     import grpc
 
@@ -31,8 +32,8 @@ CLOSE_LINGER_S = 10.0
 class ClientBase:
     """State of one attached client.
 
-    Private arrays that are registered are kept alive here until they are freed or the session ends: the daemon
-    writes into them by address.
+    Private arrays and memory of GPUs that are registered are kept alive here until they are freed or the session ends:
+    the daemon writes into them.
     """
 
     def __init__(self, grant: SessionGrant, target: str, *, admin_token: str, call_timeout_s: float) -> None:
@@ -43,7 +44,8 @@ class ClientBase:
         self._call_timeout_s = call_timeout_s
         self._pools: dict[str, ByteArray | None] = {}
         self._kept: dict[RegionId, ByteArray] = {}
-        self._doubtful: list[ByteArray] = []
+        self._devices = DeviceBook()
+        self._doubtful: list[object] = []
         self._is_closed = False
 
     @property
@@ -95,8 +97,8 @@ class ClientBase:
         return 0.0 if isinstance(error, Unavailable) else None
 
     @contextlib.contextmanager
-    def _keeping(self, memory: ByteArray) -> Iterator[None]:
-        """Keep memory for good if its registration ends without word: the daemon may know its address."""
+    def _keeping(self, memory: object) -> Iterator[None]:
+        """Keep memory for good if its registration ends without word: the daemon may know of it."""
         try:
             yield
         except BaseException as exc:
@@ -109,7 +111,9 @@ class ClientBase:
         pool = self._pools.get(info.pool) if info.node == self.grant.node else None
         return None if pool is None else pool_view(info, pool, self.grant.agent)
 
-    def _forget_regions(self, regions: Iterable[RegionBase], fate: str = "freed") -> None:
+    def _forget_regions(self, regions: Sequence[RegionBase], fate: str = "freed") -> None:
+        if fate != "freed":  # what is freed may be registered more than once, and counts for itself
+            self._devices.forget(region.id for region in regions)
         for region in regions:
             self._kept.pop(region.id, None)
             region._forget(fate)

@@ -9,10 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar
 
-from xferd.api import types as t
-from xferd.api import wire
-from xferd.api.proto import xferd_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2_grpc as pb_grpc
+from xferd.api import types as t, wire
+from xferd.api.proto import xferd_v1_pb2 as pb, xferd_v1_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -156,6 +154,31 @@ def delete_objects(store: str, keys: Iterable[str]) -> Call[None]:
 def list_objects(request: t.ObjectQuery) -> Call[t.ObjectPage]:
     """List a page of a store's objects."""
     return Call("MemoryService.ListObjects", wire.object_query_to_message(request), wire.object_page_from_message)
+
+
+def register_device(request: t.RegisterDeviceRequest) -> Call[t.RegionInfo]:
+    """Register GPU memory by its IPC handle."""
+    return Call("MemoryService.RegisterDevice", wire.register_device_to_message(request), wire.region_from_message)
+
+
+def export_device(region: t.RegionId) -> Call[t.DeviceHandle]:
+    """Ask how a region of GPU memory is opened."""
+    return Call("MemoryService.ExportDevice", pb.ExportDeviceRequest(region=region), wire.device_handle_from_message)
+
+
+def devices() -> Call[list[t.DeviceInfo]]:
+    """List the GPUs of the node."""
+
+    def parse(reply: pb.DeviceList) -> list[t.DeviceInfo]:
+        return [wire.device_from_message(message) for message in reply.devices]
+
+    return Call("MemoryService.ListDevices", pb.ListDevicesRequest(), parse)
+
+
+def open_device_event(device: int, handle: bytes) -> Call[t.DeviceEvent]:
+    """Open an event of this process, or let the daemon make one where ``handle`` is b""."""
+    request = pb.OpenDeviceEventRequest(device=device, handle=handle)
+    return Call("MemoryService.OpenDeviceEvent", request, wire.device_event_from_message)
 
 
 def hand_over(request: t.HandOverRequest, *, is_admin: bool = False) -> Call[t.RegionListing]:

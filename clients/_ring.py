@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from xferd.api import ring as layout
-from xferd.api import wire
+from xferd.api import ring as layout, wire
 from xferd.api.descriptors import U32
 from xferd.api.errors import InvalidState, ProtocolViolation, Unavailable, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from xferd.api import types as t
-from xferd.api import wire
+from xferd.api import types as t, wire
 from xferd.api.descriptors import PreparedRef
 from xferd.api.errors import Closed, InvalidState, ProtocolViolation, Unavailable, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
@@ -22,7 +21,7 @@ from xferd.api.ring import VERSION, Opcode, RingSizes, SubmissionFlag, is_suppor
 from xferd.clients._ring import Ring
 from xferd.clients._ring_tracks import CutNote, RingHome, Track
 from xferd.clients._session_socket import close_all, ended
-from xferd.clients.transfers import PreparedBase, TransferBase, id_of, notification_of, op_of
+from xferd.clients.transfers import PreparedBase, TransferBase, event_number, id_of, notification_of, op_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -322,14 +321,19 @@ def needs_poll(track: Track) -> bool:
     return track.is_cut
 
 
-def post_of(track: Track) -> Submission:
-    """Return a POST whose acceptance is told, unless its end is there as soon."""
-    return _POST, int(track.id, 16), 0, 0, 0, _TELL_ACCEPTED
+def post_of(track: Track, *, tells_accepted: bool) -> Submission:
+    """Return a POST whose acceptance is told, unless its end is there as soon; or one of which only the end is told."""
+    return _POST, int(track.id, 16), 0, 0, 0, _TELL_ACCEPTED if tells_accepted else 0
 
 
 def cancel_of(track: Track) -> Submission:
     """Return a CANCEL."""
     return _CANCEL, int(track.id, 16)
+
+
+def fence_of() -> Submission:
+    """Return what is refused, and so tells that all that was submitted before it was taken: a CANCEL of no transfer."""
+    return _CANCEL, 0
 
 
 def listen_of(credits_wanted: int) -> Submission:
@@ -372,9 +376,12 @@ def _packed(options: TransferOptions) -> bytes:
     key, cause_id, backend = options.get("key", ""), options.get("cause_id", ""), options.get("backend", "")
     notification = notification_of(options)
     verify = options.get("verify", False)
-    if not (key or cause_id or backend or verify) and notification is None:
+    wait_event, done_event = event_number(options.get("wait_event", 0)), event_number(options.get("done_event", 0))
+    if not (key or cause_id or backend or verify or wait_event or done_event) and notification is None:
         return b""
-    message = RingOptions(key=key, cause_id=cause_id, backend=backend, verify=verify)
+    message = RingOptions(
+        key=key, cause_id=cause_id, backend=backend, verify=verify, wait_event=wait_event, done_event=done_event
+    )
     if notification is not None:
         message.notification.CopyFrom(wire.notification_to_message(notification))
     return message.SerializeToString()

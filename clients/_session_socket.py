@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from xferd.api.proto import xferd_v1_pb2 as pb
-    from xferd.api.types import Access
+    from xferd.api.types import Access, RegisterDeviceRequest
 
 ENVIRONMENT = "XFERD_SOCKET"
 PROTOCOL_VERSION = 1
@@ -96,6 +96,11 @@ def fd_request(nbytes: int, writable: bool, access: Access, label: str) -> Sessi
     """Return the request that goes with an open file."""
     message = RegisterFd(nbytes=nbytes, writable=writable, access=_access(access), label=label)
     return SessionSocketRequest(register_fd=message)
+
+
+def device_fd_request(request: RegisterDeviceRequest) -> SessionSocketRequest:
+    """Return the request that goes with the fd of a VMM allocation."""
+    return SessionSocketRequest(register_device_fd=wire.register_device_fd_to_message(request))
 
 
 def _access(access: Access) -> pb.Access.ValueType:

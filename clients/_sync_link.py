@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 
-from xferd.api import types as t
-from xferd.api import wire
+from xferd.api import types as t, wire
 from xferd.api.errors import DeadlineExceeded, ShortTransfer, Unavailable, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.clients import _calls as calls
@@ -25,6 +24,7 @@ from xferd.clients._base import (
     write_requests,
 )
 from xferd.clients._calls import Call, Methods, bearer, channel_options, wait_slices
+from xferd.clients._device_regions import check_exportable
 from xferd.clients._errors import error_of
 from xferd.clients._ring_base import SPIN_US, RingChoice, granted, needs_poll, refused, ring_request
 from xferd.clients._session_socket import SessionSocket, close_all, ended, find_place, hello, map_pool, mapped_pool
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from xferd.api.proto.session_v1_pb2 import SessionSocketRequest
     from xferd.clients._ring_tracks import Track
+    from xferd.clients.devices import DeviceArray, ElementShape
+    from xferd.clients.memory import RegionBase
     from xferd.clients.transfers import TransferBase, TransferLike
 
 R = TypeVar("R")
@@ -185,6 +187,7 @@ class SyncLink(ClientBase):
                 self._socket.close(CLOSE_LINGER_S)
             self._pools.clear()
             self._kept.clear()
+            self._devices.clear()
 
     @property
     def uses_ring(self) -> bool:
@@ -359,6 +362,17 @@ class SyncLink(ClientBase):
                 except Unsupported:
                     self._pools[info.pool] = None
         return self._view(info)
+
+    def _device_array(self, region: RegionBase, elements: ElementShape) -> DeviceArray:
+        """Return a region of GPU memory as an array; where it lies is asked once."""
+        self._check_open()
+        own = self._devices.own_array(region.id, elements)
+        if own is not None:
+            return own
+        check_exportable(region.info, self.grant.node)
+        if region._handle is None:
+            region._handle = self._call(calls.export_device(region.id))
+        return self._devices.array(region.info, region._handle, elements, self.agent)
 
     # -- the end
 

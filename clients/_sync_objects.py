@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
 from xferd.clients import _calls as calls
+from xferd.clients.devices import element_shape
 from xferd.clients.memory import ByteArray, RegionBase, source_bytes
 from xferd.clients.transfers import PreparedBase, TransferBase, check_in_time
 
 if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
     from xferd.api import types as t
     from xferd.clients._ring_tracks import Track
     from xferd.clients._sync_link import SyncLink
+    from xferd.clients.devices import DeviceArray
 
 
 class Region(RegionBase):
@@ -33,6 +39,23 @@ class Region(RegionBase):
         self._span(offset, len(source))
         return len(source) if self._copy_in(offset, source) else self._client._write_stream(self.id, offset, source)
 
+    def dlpack(self, dtype: DTypeLike = np.uint8, shape: int | tuple[int, ...] | None = None) -> DeviceArray:
+        """Return a region of GPU memory for torch, cupy and others to take without a copy.
+
+        ``torch.from_dlpack``, ``cupy.asarray`` and the like take what is returned. The memory stays mapped while
+        anybody has it; after ``free`` the bytes may be another's, as with ``array``.
+
+        Args:
+            dtype: of the elements; numpy's, or "bfloat16".
+            shape: from the region's start; may be smaller than the region. None takes all whole elements.
+
+        Raises:
+            OutOfBounds: the shape is larger than the region.
+            Unsupported: it is no GPU memory of this node, or there is no driver here.
+        """
+        self._check_live()
+        return self._client._device_array(self, element_shape(self.nbytes, dtype, shape))
+
     def free(self) -> None:
         """Give the region back. Twice is fine.
 
@@ -40,7 +63,9 @@ class Region(RegionBase):
             Busy: a transfer moves bytes of it.
         """
         if not self._is_freed:
-            self._client._call(calls.free([self.id]))
+            with self._client._devices.freeing([self.id]) as last:
+                if last:
+                    self._client._call(calls.free(last))
             self._client._forget_regions([self])
 
     def _mapped(self) -> ByteArray | None:

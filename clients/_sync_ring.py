@@ -23,6 +23,7 @@ from xferd.clients._ring_base import (
     Submission,
     cancel_of,
     closed_meanwhile,
+    fence_of,
     is_told,
     listen_of,
     post_of,
@@ -126,12 +127,14 @@ class SyncRing(RingBase):
         self._settle(track)
         ask = Ask(track)
         track.post(ask)
-        if not self._send(ask, post_of(track)):
+        # Who waits for the end is not woken for less: it would take the core that the bytes are moved by.
+        if not self._send(ask, post_of(track, tells_accepted=wait_s <= 0)):
             track.unpost()
             return None
-        if wait_s > 0:
-            self._over(ask, time.monotonic() + wait_s)
-        self._accepted(ask)
+        if wait_s <= 0:
+            self._accepted(ask)
+        elif not self._over(ask, time.monotonic() + wait_s):
+            self._ask_if_accepted(ask)
         return track if self._is_posted(track, ask) else None
 
     def post_many(self, transfers: Sequence[TransferBase]) -> list[TransferBase]:
@@ -149,7 +152,7 @@ class SyncRing(RingBase):
         asks = [Ask(track) for track in tracks]
         for track, ask in zip(tracks, asks, strict=True):
             track.post(ask)
-        self._send_all([(ask, post_of(track)) for ask, track in zip(asks, tracks, strict=True)])
+        self._send_all([(ask, post_of(track, tells_accepted=True)) for ask, track in zip(asks, tracks, strict=True)])
         left, refusals = [], []
         for transfer, track, ask in zip(transfers, tracks, asks, strict=True):
             self._accepted(ask)
@@ -169,6 +172,13 @@ class SyncRing(RingBase):
 
     def _accepted(self, ask: Ask) -> None:
         self._until(lambda: ask.is_accepted or ask.is_over, (ask,), None)
+
+    def _ask_if_accepted(self, ask: Ask) -> None:
+        """Find out whether a post came about whose acceptance is not told: a refusal would come before what is now."""
+        fence = Ask()
+        if self._send(fence, fence_of()):
+            self._over(fence, None)
+        ask.is_accepted = ask.is_accepted or not (fence.is_lost or ask.is_over)
 
     def cancel(self, tracks: Sequence[Track]) -> bool:
         """Cancel, and return when no byte of them moves any more; False where gRPC has to do it."""
@@ -343,11 +353,12 @@ class SyncRing(RingBase):
             self._check_closing()
             if ring.check() is not None or (deadline is not None and time.monotonic() >= deadline):
                 return is_over()
+            began = time.perf_counter()
             if self._spin_s and not self._followers and self._spin(deadline):
                 continue
-            began = time.perf_counter()
             self._doze(_MAX_SLEEP_S if deadline is None else deadline - time.monotonic())
-            # Spin as long as answers come soon enough for it, and try it again when they do.
+            # Spin as long as answers come soon enough for it, and try it again when they do. Where they do not, this
+            # would take a core from whoever moves the bytes, and has to be woken all the same.
             soon = time.perf_counter() - began < self._max_spin_s
             self._spin_s = self._max_spin_s if soon else self._spin_s / 2 if self._spin_s > 1e-6 else 0.0
 

@@ -55,6 +55,10 @@ class Admin:
         """Return pools with their statistics."""
         return self._call(calls.pools())
 
+    def devices(self) -> list[t.DeviceInfo]:
+        """Return the GPUs, those that cannot be used among them."""
+        return self._call(calls.devices())
+
     def sessions(self) -> list[t.SessionInfo]:
         """Return live sessions."""
         return self._call(calls.sessions())
@@ -128,6 +132,10 @@ class AsyncAdmin:
     async def pools(self) -> list[t.PoolInfo]:
         """Return pools with their statistics."""
         return await self._call(calls.pools())
+
+    async def devices(self) -> list[t.DeviceInfo]:
+        """Return the GPUs, those that cannot be used among them."""
+        return await self._call(calls.devices())
 
     async def sessions(self) -> list[t.SessionInfo]:
         """Return live sessions."""

@@ -22,7 +22,7 @@ from xferd.api.types import Access, MemoryKind, QueryItem, RegionSource
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
 
-    from xferd.api.types import Notification, RegionId, RegionInfo, RegionListing
+    from xferd.api.types import DeviceHandle, Notification, RegionId, RegionInfo, RegionListing
 
 ByteArray: TypeAlias = NDArray[np.uint8]
 
@@ -103,6 +103,7 @@ class RegionBase:
     def __init__(self, info: RegionInfo, memory: ByteArray | None) -> None:
         self.info = info
         self._memory = memory
+        self._handle: DeviceHandle | None = None  # of GPU memory, once asked for
         self._fate = ""
 
     @property
@@ -196,7 +197,7 @@ class RegionBase:
             raise Unsupported(
                 f"region {self.id} ({self.info.source.value} on {self.info.node}) cannot be mapped here",
                 limit="regions of this node's pools and of this client's memory, in a session over the session socket",
-                remedy="use read() and write(), or transfer it into a region that can be mapped",
+                remedy="use read() and write(), dlpack() for GPU memory, or a transfer into what can be mapped",
             )
         return memory
 
@@ -232,7 +233,7 @@ class RegionBase:
     def _forget(self, fate: str = "freed") -> None:
         """Note that the region is freed, or has another owner."""
         self._fate = fate
-        self._memory = None
+        self._memory = self._handle = None
 
 
 def pool_view(info: RegionInfo, pool: ByteArray, agent: str) -> ByteArray:
@@ -283,8 +284,8 @@ def owned_by(agent: str, listing: RegionListing) -> tuple[RegionInfo, ...]:
 
 
 def is_mappable(info: RegionInfo, node: str) -> bool:
-    """Say whether a region lies in a pool of this node that is memory; one of a storage pool is a file."""
-    return info.source is RegionSource.POOL and info.kind is not MemoryKind.FILE and info.node == node
+    """Say whether a region lies in a pool of this node that is memory of the host."""
+    return info.source is RegionSource.POOL and info.kind is MemoryKind.DRAM and info.node == node
 
 
 def source_bytes(data: object) -> ByteArray:

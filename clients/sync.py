@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, SupportsIndex, Unpack, overload
 
-from xferd.api import types as t
-from xferd.api import wire
+from xferd.api import types as t, wire
 from xferd.api.proto import xferd_v1_pb2 as pb
-from xferd.clients import _calls as calls
+from xferd.clients import _calls as calls, _device_regions as device_regions
 from xferd.clients._calls import WAIT_SLICE_S, ImportedMetadata
-from xferd.clients._session_socket import fd_request, memfd_request, owned
+from xferd.clients._session_socket import device_fd_request, fd_request, memfd_request, owned
 from xferd.clients._sync_link import SyncLink
 from xferd.clients._sync_objects import PreparedList, Region, Transfer
 from xferd.clients.admin import Admin
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from xferd.api.descriptors import DescriptorList
+    from xferd.clients.devices import Event
     from xferd.clients.transfers import TransferBase
 
 __all__ = ["Client", "PreparedList", "Region", "Transfer"]
@@ -96,7 +96,9 @@ class Client(SyncLink):
     def free(self, regions: Iterable[Region]) -> None:
         """Give regions back, all or none."""
         wanted = list(regions)
-        self._call(calls.free(region.id for region in wanted))
+        with self._devices.freeing([region.id for region in wanted]) as last:
+            if last or not wanted:
+                self._call(calls.free(last))
         self._forget_regions(wanted)
 
     def register(
@@ -172,6 +174,40 @@ class Client(SyncLink):
         request = t.RegisterObjectRequest(store, key, nbytes, writable, create, access, label)
         return Region(self, self._call(calls.register_object(request)))
 
+    def register_device(
+        self, array: object, *, access: t.Access = t.Access.NONE, label: str = "", writable: bool | None = None
+    ) -> Region:
+        """Register memory of a GPU: an array of torch, cupy or anything with ``__cuda_array_interface__`` or DLPack.
+
+        It is kept alive. The same memory registered again in the same way is the same region and costs no call; it is
+        freed when each of them was.
+
+        Args:
+            array: contiguous, of memory that cudaMalloc gave (the default of torch and cupy), or of ``cuMemCreate``
+                with file descriptors.
+            access: what others may do with it.
+            label: for others to find it by.
+            writable: None follows the array.
+
+        Raises:
+            InvalidArgument: it is no memory of a GPU, or has gaps.
+            Unsupported: the memory cannot be given to other processes, or there is no driver; the remedy says more.
+            NotFound: the daemon does not use that GPU.
+        """
+        wanted = device_regions.wanted(array, access, label, writable)
+        info = self._devices.again(wanted.key)
+        if info is None:
+            exported = wanted.driver.export(wanted.allocation)
+            request = wanted.request(exported)
+            with self._keeping(wanted.span):
+                if exported.fd < 0:
+                    info = self._call(calls.register_device(request))
+                else:
+                    with owned(exported.fd):
+                        info = self._pass_fd(device_fd_request(request), exported.fd)
+            self._devices.add(wanted, info)
+        return Region(self, info)
+
     def query(self, items: Iterable[str | os.PathLike[str] | tuple[str, str]]) -> list[t.QueryResult]:
         """Say of files (by path) and objects (by store and key), in order, whether they exist, how large and how old.
 
@@ -232,6 +268,30 @@ class Client(SyncLink):
     def region(self, info: t.RegionInfo) -> Region:
         """Return a region by its record, for example one that another process sent."""
         return Region(self, info, self._kept.get(info.id) if info.node == self.grant.node else None)
+
+    # -- GPUs
+
+    def devices(self) -> list[t.DeviceInfo]:
+        """Return the GPUs of the node, those that cannot be used among them."""
+        return self._call(calls.devices())
+
+    def open_event(self, event: object = None, *, device: int | None = None) -> Event:
+        """Let the daemon open an event of this process, for transfers to wait for: give it as ``wait_event``.
+
+        Args:
+            event: None makes one, whose ``record`` is used; else one of torch (``interprocess=True``), cupy or
+                cuda-core, or a handle of 64 bytes. It is kept alive until the session ends.
+            device: the daemon's number of the GPU; None is the one that this thread uses now.
+        """
+        wanted = device_regions.wanted_event(self.devices(), event, device)
+        told = self._call(calls.open_device_event(wanted.device, wanted.handle))
+        return self._devices.note_event(wanted.opened(told))
+
+    def make_event(self, device: int = 0) -> Event:
+        """Let the daemon make an event that transfers record when they have ended: give it as ``done_event``."""
+        infos = self.devices()
+        told = self._call(calls.open_device_event(device, b""))
+        return self._devices.note_event(device_regions.opened_event(infos, device, told))
 
     # -- transfers
 

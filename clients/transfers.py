@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from xferd.api.types import PreparedHandle, PreparedInfo, Telemetry
     from xferd.clients._ring_tracks import Track
+    from xferd.clients.devices import Event
 
 
 class PreparedBase:
@@ -99,6 +100,8 @@ class TransferOptions(TypedDict, total=False):
         backend: pins the backend that moves; "" lets the planner choose.
         cause_id: stands in the logs of both nodes; "" lets the daemon make one.
         verify: compare what is read from storage pools with its checksums; the transfer fails where they differ.
+        wait_event: of ``open_event``: what touches GPU memory waits for its last record before the transfer was posted.
+        done_event: of ``make_event``: what touches GPU memory records it when it has ended.
     """
 
     key: str
@@ -108,6 +111,8 @@ class TransferOptions(TypedDict, total=False):
     backend: str
     cause_id: str
     verify: bool
+    wait_event: Event | int
+    done_event: Event | int
 
 
 def transfer_request(
@@ -126,7 +131,14 @@ def transfer_request(
         backend=options.get("backend", ""),
         verify=options.get("verify", False),
         hold=hold,
+        wait_event=event_number(options.get("wait_event", 0)),
+        done_event=event_number(options.get("done_event", 0)),
     )
+
+
+def event_number(event: Event | int) -> int:
+    """Return the daemon's number of an event; 0 is none."""
+    return event if isinstance(event, int) else event.number
 
 
 def notification_of(options: TransferOptions) -> Notification | None:

@@ -6,6 +6,7 @@ last, because it is what clients wait for. Stopping is the reverse; ``lifecycle.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from contextlib import asynccontextmanager
@@ -17,9 +18,8 @@ import structlog
 from xferd.api.errors import ConfigError
 from xferd.api.grpc.server import GrpcFace, TlsFiles
 from xferd.api.rest.face import RestFace
-from xferd.api.types import Limits
-from xferd.daemon import log as logs
-from xferd.daemon import metrics
+from xferd.api.types import Limits, MemoryKind
+from xferd.daemon import log as logs, metrics
 from xferd.daemon.components import Components
 from xferd.daemon.config import to_toml
 from xferd.daemon.doctor_facts import Doctor
@@ -35,12 +35,15 @@ from xferd.daemon.health import Health
 from xferd.daemon.identity import Identity, lasting_id, next_epoch
 from xferd.daemon.lifecycle import Lifecycle
 from xferd.daemon.memory.desk import MemoryDesk
+from xferd.daemon.memory.device_pool import DevicePool
+from xferd.daemon.memory.devices import DeviceDesk, NoDevices
 from xferd.daemon.memory.files import FileRoots
 from xferd.daemon.memory.handover import HandOverDesk
 from xferd.daemon.memory.objects import ObjectDesk
 from xferd.daemon.memory.pool import HostPool
 from xferd.daemon.memory.regions import RegionTable
 from xferd.daemon.memory.staging import StagingPool
+from xferd.daemon.peers.device_lane import DeviceLane
 from xferd.daemon.peers.exchange import RecordExchange
 from xferd.daemon.peers.manager import PeerManager
 from xferd.daemon.peers.publisher import Publisher
@@ -58,6 +61,8 @@ from xferd.daemon.storage.lanes import LaneSealer
 from xferd.metadata.embedded import EmbeddedStore, StaticPeer
 from xferd.metadata.registry import store_class
 from xferd.plugins.base import ObjectCatalog, PeerTransport
+from xferd.plugins.devices import DeviceMemory
+from xferd.plugins.fabric import PeerService
 from xferd.plugins.registry import create_backends
 
 if TYPE_CHECKING:
@@ -137,6 +142,12 @@ class Daemon:
         )
         self._lists = ListBook(name, epoch, self._regions, self._peers, max_prepared=limits.max_prepared)
         self._pools: dict[str, HostPool] = {}
+        self._device_backend = next((b for b in self._backends.values() if isinstance(b, DeviceMemory)), None)
+        self._device_memory = self._device_backend or NoDevices()
+        self._device_pools: dict[str, DevicePool] = {}
+        self._devices = DeviceDesk(self._regions, self._device_memory, self._device_pools)
+        if self._device_backend is not None:
+            self._identity.kinds += (MemoryKind.VRAM,)
         self._make_transfers(name)
         self._make_sessions(name, epoch)
         self._make_service()
@@ -166,6 +177,7 @@ class Daemon:
             self._planner,
             self._regions,
             self._inboxes,
+            check_events=self._devices.check_events,
             default_timeout_s=config.transfers.default_timeout,
             max_transfers=config.limits.max_transfers,
             keep_plans_nbytes=config.transfers.keep_plans,
@@ -189,6 +201,7 @@ class Daemon:
             self._planner,
             self._backends,
             self._storage,
+            self._devices,
             max_group=config.limits.max_group,
         )
         table = SessionTable(max_sessions=config.sessions.max_sessions)
@@ -208,6 +221,7 @@ class Daemon:
             self._inboxes,
             self._memory,
             self._regions,
+            self._devices,
             limits=self._limits,
             pools=lambda: self._service.pools(),
             grpc_target=f"unix:{config.grpc_socket}",
@@ -234,6 +248,8 @@ class Daemon:
                 max_descriptors=config.limits.max_descriptors,
                 quiesce_timeout_s=config.transfers.quiesce_timeout,
                 sealer=LaneSealer(self._storage.sealer) if config.storage_pools else None,
+                devices=DeviceLane(self._device_backend),
+                services=self._peer_services(),
             )
         self._service = Service(
             me=self._identity.info,
@@ -241,6 +257,7 @@ class Daemon:
             memory=self._memory,
             handovers=self._handovers,
             objects=self._objects,
+            devices=self._devices,
             transfers=self._transfers,
             rings=self._rings,
             storage=self._storage,
@@ -295,6 +312,9 @@ class Daemon:
             me=self._identity.info,
             faces=lambda: {"grpc.listen": self._grpc_address(), "rest.listen": self._rest.address},
             pools=self._service.pools,
+            storage=self._service.storage,
+            catalog=self._objects.catalog,
+            devices=self._service.devices,
             staging=self._staging,
             store=self._store,
             peers=self._peers.peers,
@@ -308,6 +328,8 @@ class Daemon:
         """Start every part; what was started is closed by the stack, whatever happens."""
         stack = self._stack
         for pool in self._config.pools:
+            if pool.kind == "VRAM":
+                continue
             self._pools[pool.name] = made = HostPool(
                 pool.name, pool.nbytes, huge_pages=pool.huge_pages, collapse=pool.collapse
             )
@@ -317,7 +339,10 @@ class Daemon:
         for name, backend in self._backends.items():
             await backend.start()
             stack.push(f"backend {name}", backend.aclose)
+        await self._start_devices()
         if self._transport is not None and self._serving is not None:
+            for service in self._peer_services():
+                service.attach(self._identity.info(), self._transport, self._serving)
             self._identity.addresses = await self._transport.listen(self._identity.info(), self._serving)
         await self._store.start()
         stack.push("store", self._store.aclose)
@@ -344,6 +369,19 @@ class Daemon:
             rest_tcp=self._rest.address or None,
             peers=list(self._identity.addresses),
         )
+
+    async def _start_devices(self) -> None:
+        """Tell device workers of the host memory that they may map, and take the pools of GPU memory."""
+        hosts: tuple[StagingPool | HostPool, ...] = (self._staging, *self._pools.values())
+        for shared in hosts:
+            number = self._devices.add_host(shared.address, shared.nbytes, shared.fd)
+            self._stack.push("host memory of device workers", functools.partial(self._devices.drop_host, number))
+        for pool in self._config.pools:
+            if pool.kind == "VRAM":
+                made = DevicePool(pool.name, pool.device, pool.nbytes, self._device_memory)
+                self._device_pools[pool.name] = made
+                await made.start()
+                self._stack.push(f"pool {pool.name}", made.aclose)
 
     def readiness(self) -> str:
         """Return "" if new work is taken, else why not."""
@@ -383,6 +421,10 @@ class Daemon:
         return []
 
     # ------------------------------------------------------------------------------------ small answers
+
+    def _peer_services(self) -> tuple[PeerService, ...]:
+        """Return the backends that serve peers by requests over the transport."""
+        return tuple(backend for backend in self._backends.values() if isinstance(backend, PeerService))
 
     def _agents(self) -> tuple[str, ...]:
         return self._sessions.agents()

@@ -22,6 +22,10 @@ MAX_SOCKET_PATH_NBYTES = 107
 """``sun_path`` has 108 bytes, one of them the closing NUL."""
 
 
+MAX_DEVICE_POOL_NBYTES = 1 << 40
+"""A position in GPU memory has 40 bits for the offset."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A key whose value does not go with another one."""
@@ -37,6 +41,7 @@ def check(config: Config) -> list[Problem]:
         *_check_listeners(config),
         *_check_tls(config),
         *_check_pools(config),
+        *_check_device_pools(config),
         *_check_storage_pools(config),
         *_check_sizes(config),
         *_check_peers(config),
@@ -116,6 +121,33 @@ def _check_pools(config: Config) -> Iterator[Problem]:
     for name, count in Counter(names).items():
         if count > 1:
             yield Problem("pools", f"{count} pools have the name {name!r}", "give each pool a name of its own")
+
+
+def _check_device_pools(config: Config) -> Iterator[Problem]:
+    cuda = config.active_backends().get("cuda")
+    devices = None if cuda is None else cuda.get("devices")
+    for number, pool in enumerate(config.pools):
+        key = f"pools[{number}]"
+        if pool.kind != "VRAM":
+            if pool.device:
+                yield Problem(f"{key}.device", "a pool of this machine's memory has no GPU", "set kind = 'VRAM'")
+            continue
+        if cuda is None:
+            yield Problem(f"{key}.kind", "VRAM needs a backend for GPUs", "add a section [backends.cuda]")
+        if devices and pool.device not in devices:
+            yield Problem(
+                f"{key}.device",
+                f"GPU {pool.device} is none of backends.cuda.devices, {list(devices)}",
+                "add it there, or name one of them",
+            )
+        if pool.nbytes >= MAX_DEVICE_POOL_NBYTES:
+            yield Problem(f"{key}.nbytes", f"{pool.nbytes} bytes of VRAM", "make a pool of less than 1 TiB")
+        if pool.huge_pages or "collapse" in pool.model_fields_set:
+            yield Problem(
+                f"{key}.huge_pages" if pool.huge_pages else f"{key}.collapse",
+                "GPU memory has no pages of this machine",
+                "leave it out",
+            )
 
 
 def _check_storage_pools(config: Config) -> Iterator[Problem]:

@@ -82,11 +82,12 @@ class RestConfig(Options):
 
 
 class PoolConfig(Options):
-    """One pool of memory that the daemon owns."""
+    """One pool of memory that the daemon owns, of this machine or of a GPU (``VRAM``, of ``device``)."""
 
     name: Name = "host"
-    kind: Literal["DRAM"] = "DRAM"
+    kind: Literal["DRAM", "VRAM"] = "DRAM"
     nbytes: Annotated[Nbytes, Field(ge=4096)] = 256 * MIB
+    device: Annotated[int, Field(strict=True, ge=0, lt=256)] = 0
     huge_pages: Annotated[bool, Field(strict=True)] = False
     collapse: Literal["allocated", "all", "off"] = "allocated"
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from xferd.api.types import Check, CheckState, PeerState
 from xferd.api.units import format_nbytes
+from xferd.daemon.doctor_storage import check_storage, check_stores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from xferd.api.types import PeerInfo, PoolInfo
+    from xferd.api.types import DeviceInfo, PeerInfo, PoolInfo, StorageInfo
+    from xferd.daemon.doctor_storage import StoreFact
     from xferd.metadata.base import LeaseView
 
 OK, WARN, FAIL = CheckState.OK, CheckState.WARN, CheckState.FAIL
@@ -85,6 +87,9 @@ class Facts:
     huge_pages_total: int
     huge_pages_free: int
     pools: tuple[PoolInfo, ...]
+    storage: tuple[StorageInfo, ...]
+    stores: tuple[StoreFact, ...]
+    devices: tuple[DeviceInfo, ...]
     staging_slots: int
     staging_free: int
     staging_waiting: int
@@ -238,7 +243,10 @@ def _pools(facts: Facts) -> Iterator[Check]:
     for pool in facts.pools:
         room = f"pool {pool.name}: {format_nbytes(pool.free_nbytes)} of {format_nbytes(pool.nbytes)} free"
         remedy = "see `xferctl holds` for who holds it, or raise nbytes of the pool"
-        if not pool.free_nbytes:
+        if pool.reason:
+            remedy = "see `xferctl devices`; the next allocation tries again"
+            yield Check("pools", WARN, f"pool {pool.name} cannot be allocated from: {pool.reason}", remedy)
+        elif not pool.free_nbytes:
             yield Check("pools", WARN, room, remedy)
         elif pool.failed_allocations:
             yield Check("pools", WARN, f"{room}; {pool.failed_allocations} groups found no room so far", remedy)
@@ -250,6 +258,28 @@ def _pools(facts: Facts) -> Iterator[Check]:
         yield Check("staging", WARN, found, "raise transfers.staging, or lower transfers.chunk")
     else:
         yield _ok("staging", staging)
+
+
+def _devices(facts: Facts) -> Iterator[Check]:
+    for device in facts.devices:
+        if device.reason:
+            remedy = (
+                "install the driver and `pip install 'xferd[cuda]'`, or take the GPU out of backends.cuda.devices; "
+                "then restart the daemon"
+            )
+            yield Check("devices", WARN, f"GPU {device.index} cannot be used: {device.reason}", remedy)
+            continue
+        memory = f"{format_nbytes(device.free_nbytes)} of {format_nbytes(device.total_nbytes)} free"
+        found = f"GPU {device.index}, {device.name}: {memory}"
+        if device.worker_restarts:
+            found = f"{found}; {device.worker_restarts} workers ended and were replaced"
+            yield Check(
+                "devices", WARN, found, "see the daemon's log for device_worker_ended, and the kernel's for Xid"
+            )
+        else:
+            yield _ok("devices", found)
+    if not facts.devices:
+        yield _ok("devices", "no GPUs: there is no section [backends.cuda]")
 
 
 def _paths(facts: Facts) -> Iterator[Check]:
@@ -344,6 +374,9 @@ _CHECKS: tuple[Callable[[Facts], Iterator[Check]], ...] = (
     _ptrace,
     _huge,
     _pools,
+    lambda facts: check_storage(facts.storage),
+    lambda facts: check_stores(facts.stores),
+    _devices,
     _paths,
     _ports,
     _peers,

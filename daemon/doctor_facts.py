@@ -17,14 +17,16 @@ from xferd.api.errors import ConfigError, XferdError
 from xferd.daemon.config import diff
 from xferd.daemon.config_checks import split_address
 from xferd.daemon.doctor import Facts, PathFact, PortFact, diagnose
+from xferd.daemon.doctor_storage import look_at_stores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from xferd.api.types import Check, NodeInfo, PeerInfo, PoolInfo
+    from xferd.api.types import Check, DeviceInfo, NodeInfo, PeerInfo, PoolInfo, StorageInfo
     from xferd.daemon.config import Config
     from xferd.daemon.memory.staging import StagingPool
     from xferd.metadata.base import LeaseView, Store
+    from xferd.plugins.base import ObjectCatalog
 
 CALL_TIMEOUT_S = 2.0
 """For each of our own ports, all at once, and for each look at the disk."""
@@ -42,7 +44,8 @@ class Doctor:
         load_config: loads it again from where it came.
         me: this node's record.
         faces: TCP addresses in use besides those of the record, by the key that set them; "" for none.
-        pools, peers, refusal: as the service has them.
+        pools, storage, devices, peers, refusal: as the service has them.
+        catalog: of the object stores; None where no backend has any.
     """
 
     def __init__(
@@ -53,6 +56,9 @@ class Doctor:
         me: Callable[[], NodeInfo],
         faces: Callable[[], Mapping[str, str]],
         pools: Callable[[], list[PoolInfo]],
+        storage: Callable[[], list[StorageInfo]],
+        catalog: ObjectCatalog | None,
+        devices: Callable[[], list[DeviceInfo]],
         staging: StagingPool,
         store: Store,
         peers: Callable[[], list[PeerInfo]],
@@ -63,6 +69,9 @@ class Doctor:
         self._me = me
         self._faces = faces
         self._pools = pools
+        self._storage = storage
+        self._catalog = catalog
+        self._devices = devices
         self._staging = staging
         self._store = store
         self._peers = peers
@@ -80,6 +89,7 @@ class Doctor:
             ports = group.create_task(self._call_ports(config), name="doctor: ports")
             paths = group.create_task(asyncio.to_thread(_paths, config), name="doctor: paths")
             lease = group.create_task(self._lease(), name="doctor: lease")
+            stores = group.create_task(look_at_stores(self._catalog, CALL_TIMEOUT_S), name="doctor: stores")
             file = group.create_task(asyncio.to_thread(self._compare, config), name="doctor: config")
         config_error, changed = file.result()
         view, lease_error = lease.result()
@@ -106,6 +116,9 @@ class Doctor:
             huge_pages_total=huge.get("HugePages_Total", 0),
             huge_pages_free=huge.get("HugePages_Free", 0),
             pools=tuple(self._pools()),
+            storage=tuple(self._storage()),
+            stores=stores.result(),
+            devices=tuple(self._devices()),
             staging_slots=staging.slots,
             staging_free=max(0, staging.slots - staging.acquired - staging.borrowed),
             staging_waiting=staging.waiting_acquire + staging.waiting_borrow,

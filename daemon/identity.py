@@ -68,6 +68,7 @@ class Identity:
         self.epoch = epoch
         self.draining = False
         self.addresses: tuple[str, ...] = ()
+        self.kinds: tuple[MemoryKind, ...] = (MemoryKind.DRAM, MemoryKind.FILE)
         self.started_at = time.time()
         self._backends = tuple(backends)
         self._agents = agents
@@ -82,7 +83,7 @@ class Identity:
             version=self._version,
             addresses=self.addresses,
             backends=self._backends,
-            kinds=(MemoryKind.DRAM, MemoryKind.FILE),
+            kinds=self.kinds,
             agents=self._agents(),
             started_at=self.started_at,
             draining=self.draining,

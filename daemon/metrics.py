@@ -1,7 +1,7 @@
 """Metrics in the Prometheus text format, read from the service's state at each scrape. Nothing is counted here.
 
-Labels are bounded by the configuration: pools, backends, peers that are configured or connected; never keys, agents
-or sessions.
+Labels are bounded by the configuration: pools, backends, GPUs, peers that are configured or connected; never keys,
+agents or sessions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
-    from xferd.api.types import StorageDirectoryInfo, StorageInfo
+    from xferd.api.types import DeviceInfo, StorageDirectoryInfo, StorageInfo
     from xferd.daemon.service import Service
 
 
@@ -43,6 +43,20 @@ def _has_failed(directory: StorageDirectoryInfo) -> bool:
     return bool(directory.failure)
 
 
+_DEVICES: tuple[tuple[str, str, bool, Callable[[DeviceInfo], float]], ...] = (
+    ("usable", "1 where the GPU can be used", False, lambda info: 0 if info.reason else 1),
+    ("total_bytes", "memory of the GPU", False, lambda info: info.total_nbytes),
+    ("free_bytes", "of it, as a worker was told last", False, lambda info: info.free_nbytes),
+    ("pinned_bytes", "host memory locked by its driver", False, lambda info: info.pinned_nbytes),
+    ("workers", "processes that drive the GPU", False, lambda info: info.workers),
+    ("worker_restarts", "workers in the place of one that ended", True, lambda info: info.worker_restarts),
+    ("moved_bytes", "bytes that the GPU moved", True, lambda info: info.moved_nbytes),
+    ("kernel_seconds", "device time by kernels", True, lambda info: info.kernel_s),
+    ("copy_seconds", "device time by copy engines", True, lambda info: info.copy_s),
+)
+"""Name, help, whether it only grows, and the value, for each GPU."""
+
+
 class ServiceCollector(Collector):
     """Asks the service at each scrape."""
 
@@ -54,6 +68,7 @@ class ServiceCollector(Collector):
         yield from self._node()
         yield from self._pools()
         yield from self._storage()
+        yield from self._devices()
         yield from self._backends()
         yield from self._peers()
         yield from self._store()
@@ -113,6 +128,14 @@ class ServiceCollector(Collector):
                 family.add_metric([info.pool], value(info))
             yield family
 
+    def _devices(self) -> Iterator[Metric]:
+        for name, text, total, value in _DEVICES:
+            made = CounterMetricFamily if total else GaugeMetricFamily
+            family = made(f"xferd_device_{name}", text, labels=["device"])
+            for info in self._service.devices():
+                family.add_metric([str(info.index)], value(info))
+            yield family
+
     def _backends(self) -> Iterator[Metric]:
         moved = CounterMetricFamily("xferd_backend_moved_bytes", "bytes moved", labels=["backend"])
         chunks = CounterMetricFamily("xferd_backend_chunks", "chunks moved", labels=["backend"])
@@ -142,7 +165,7 @@ class ServiceCollector(Collector):
 
     def _store(self) -> Iterator[Metric]:
         healthy = GaugeMetricFamily("xferd_store_healthy", "1 where the store of nodes works, 0 where it is away")
-        healthy.add_metric([], 0 if self._service.degraded() else 1)
+        healthy.add_metric([], 0 if self._service.store_problem() else 1)
         yield healthy
         for name, value in self._service.store_statistics().items():
             yield UnknownMetricFamily(f"xferd_store_{name}", "of the store's own, see docs/operations.md", value=value)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from xferd.daemon.engine.notifications import Inboxes
     from xferd.daemon.engine.planner import Planner
     from xferd.daemon.memory.desk import MemoryDesk
+    from xferd.daemon.memory.devices import DeviceDesk
     from xferd.daemon.memory.handover import HandOverDesk
     from xferd.daemon.memory.objects import ObjectDesk
     from xferd.daemon.memory.pool import HostPool
@@ -55,7 +56,14 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-SPACE_NAMES = {"mapped": "DRAM", "process": "DRAM(private)", "file": "FILE", "object": "OBJECT", "remote": "remote"}
+SPACE_NAMES = {
+    "mapped": "DRAM",
+    "process": "DRAM(private)",
+    "file": "FILE",
+    "object": "OBJECT",
+    "device": "VRAM",
+    "remote": "remote",
+}
 
 
 class Service:
@@ -69,6 +77,7 @@ class Service:
         memory: MemoryDesk,
         handovers: HandOverDesk,
         objects: ObjectDesk,
+        devices: DeviceDesk,
         transfers: TransferDesk,
         rings: RingDesk,
         storage: StorageDesk,
@@ -94,6 +103,7 @@ class Service:
         self._memory = memory
         self._handovers = handovers
         self._objects = objects
+        self._devices = devices
         self._transfers = transfers
         self._rings = rings
         self._storage = storage
@@ -194,6 +204,23 @@ class Service:
     async def list_objects(self, caller: t.Caller, query: t.ObjectQuery) -> t.ObjectPage:
         return await self._objects.list_objects(caller, query)
 
+    async def register_device(self, caller: t.Caller, request: t.RegisterDeviceRequest) -> t.RegionInfo:
+        self.check_open()
+        return await self._devices.register(caller, request)
+
+    async def register_device_fd(self, caller: t.Caller, fd: int, request: t.RegisterDeviceRequest) -> t.RegionInfo:
+        return await self._devices.register_fd(caller, fd, request)
+
+    async def export_device(self, caller: t.Caller, region: t.RegionId) -> t.DeviceHandle:
+        return self._devices.export(caller, region)
+
+    def devices(self) -> list[t.DeviceInfo]:
+        return self._devices.infos()
+
+    async def open_device_event(self, caller: t.Caller, device: int, handle: bytes) -> t.DeviceEvent:
+        self.check_open()
+        return await self._devices.open_event(caller, device, handle)
+
     async def hand_over(self, caller: t.Caller, request: t.HandOverRequest) -> RegionListing:
         listing = self._handovers.hand_over(caller, request)
         await self._storage.handed_over(listing.regions)
@@ -220,7 +247,8 @@ class Service:
         return await self._memory.write_region(caller, region, offset, data)
 
     def pools(self) -> list[t.PoolInfo]:
-        return [*(pool.info() for pool in self._pools.values()), *self._storage.infos()]
+        host = (pool.info() for pool in self._pools.values())
+        return [*host, *self._devices.pool_infos(), *self._storage.infos()]
 
     # ------------------------------------------------------------------------------------ Transfers
 
@@ -350,6 +378,11 @@ class Service:
         return self._refusal
 
     def degraded(self) -> str:
+        pools = (f"pool {pool.name!r}: {pool.reason}" for pool in self._devices.pool_infos() if pool.reason)
+        return "; ".join(filter(None, (self._store.health(), *pools)))
+
+    def store_problem(self) -> str:
+        """Return what is wrong with the store of nodes, or "", for metrics."""
         return self._store.health()
 
     def handed_over(self) -> tuple[int, int]:

@@ -33,6 +33,7 @@ class SpaceKind(enum.Enum):
     PROCESS = "process"  # private memory of another process of this node
     FILE = "file"  # an open file
     OBJECT = "object"  # an object in a configured store
+    DEVICE = "device"  # memory of a GPU
     REMOTE = "remote"  # regions of another node
 
 
@@ -111,6 +112,40 @@ class ObjectSpace:
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectsSpace:
+    """Several objects of one store that are read together; only ever a source.
+
+    Positions are offsets in an object, and the extent's region column says in which: it is an index into ``members``.
+    """
+
+    store: str
+    members: tuple[ObjectSpace, ...]
+    kind: ClassVar[SpaceKind] = SpaceKind.OBJECT
+
+    def __str__(self) -> str:
+        return "OBJECT"
+
+
+ALLOCATION_SHIFT = 40
+"""Bits of a position in a ``DeviceSpace`` that are the offset: an allocation has at most 1 TiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpace:
+    """Memory of one GPU: positions are ``allocation << ALLOCATION_SHIFT | offset``.
+
+    Addresses mean nothing here, because every device worker has mapped an allocation elsewhere. Allocations are
+    numbered by the ``DeviceMemory`` that opened them.
+    """
+
+    device: int
+    kind: ClassVar[SpaceKind] = SpaceKind.DEVICE
+
+    def __str__(self) -> str:
+        return f"VRAM({self.device})"
+
+
+@dataclass(frozen=True, slots=True)
 class RemoteSpace:
     """Regions of another node at one epoch: positions are offsets, and the extent has a region column too.
 
@@ -126,17 +161,17 @@ class RemoteSpace:
         return f"{self.memory}@{self.node}"
 
 
-Space: TypeAlias = MappedSpace | ProcessSpace | FileSpace | ObjectSpace | RemoteSpace
+Space: TypeAlias = MappedSpace | ProcessSpace | FileSpace | ObjectSpace | ObjectsSpace | DeviceSpace | RemoteSpace
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Extent:
     """A list of spans in one space, in order.
 
     Attributes:
         space: what the positions mean.
         iov: (position, nbytes) rows; no row is empty.
-        region: u64 (n,) region ids, for REMOTE only.
+        region: u64 (n,) for REMOTE the regions' ids, for several objects their numbers; None for other spaces.
         ends: u64 (n,) running sum of the rows, where somebody is going to cut often (``indexed``).
     """
 
@@ -177,7 +212,9 @@ class Chunk:
     """The unit of work of a backend: ``nbytes`` bytes from ``source`` to ``target``, both in list order.
 
     Totals are equal; rows need not pair up. ``agent`` is on whose behalf; ``cause_id`` goes into every log line and
-    to the other node.
+    to the other node. Events are numbers of a ``DeviceMemory``, 0 for none: what reads or writes GPU memory waits for
+    the first before it begins, and records the second at its end. ``verify``: another node compares what it sends from
+    a storage pool with its checksums first.
     """
 
     source: Extent
@@ -186,6 +223,9 @@ class Chunk:
     transfer_id: str
     cause_id: str
     agent: str = ""
+    wait_event: int = 0
+    done_event: int = 0
+    verify: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,6 +241,14 @@ class LegScope:
     transfer_id: str
     cause_id: str
     agent: str = ""
+
+
+class Begun(abc.ABC):
+    """A chunk that ``Backend.begin`` has started."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Let it come to rest as soon as may be; ``done`` is told once it has. Does not wait; late or twice is fine."""
 
 
 class OpenLeg(abc.ABC):
@@ -306,6 +354,14 @@ class Backend(abc.ABC):
         """
         return SlotClass("", self.slots(source, target))
 
+    def chunk_limits(self, source: Space, target: Space) -> tuple[int, int] | None:
+        """Return (nbytes, rows) that one chunk of a route of this backend alone may have, or None for the daemon's own.
+
+        For backends that move so fast that a chunk of the usual size would cost more to start than to move. A chunk is
+        what cancel and deadlines wait for. Called by the planner; must not block.
+        """
+        return None
+
     @abc.abstractmethod
     async def move(self, chunk: Chunk) -> int:
         """Move one chunk and return the bytes moved, which equals ``chunk.nbytes``.
@@ -318,12 +374,26 @@ class Backend(abc.ABC):
             MoveFailed, PeerLost, Stale, PermissionDenied, OutOfBounds: as they say.
         """
 
+    def begin(self, chunk: Chunk, done: Callable[[int | Exception], None]) -> Begun | None:
+        """Start a chunk without a coroutine and have ``done`` told of its end; None where ``move`` must be used.
+
+        What a chunk of microseconds needs: no task, no future. The runner asks for chunks of one hop that nothing
+        encloses, and uses ``move`` for all others; a backend that has both makes ``move`` of it (``begun.py``).
+
+        ``done`` is called on the event loop, exactly once, and never from inside ``begin`` or ``abort``; as with
+        ``move``, **no byte of the chunk moves any more** by then. It is told the bytes moved, or the error, which is
+        ``Cancelled`` where the chunk was aborted before all had moved. What is no ``XferdError`` is a bug, and logged.
+        Where this raises, nothing was started and ``done`` is not called.
+        """
+        return None
+
     def move_now(self, source: Extent, target: Extent) -> Callable[[], int] | None:
         """Return a call that moves all bytes at once, or None where ``move`` must be used.
 
-        The call never blocks, takes about 10 us at most, and returns the bytes moved, which are all of them; it counts
-        in ``statistics`` as a chunk. It is made once for a plan, and called on the event loop as often as the plan
-        is posted, as long as the regions are held. Errors as with ``move``.
+        The call never blocks, takes some 50 us at most, which is what giving it to a thread would take of the event
+        loop, and returns the bytes moved, which are all of them; it counts in ``statistics`` as a chunk. It is made
+        once for a plan, and called on the event loop as often as the plan is posted, as long as the regions are held.
+        Errors as with ``move``.
         """
         return None
 

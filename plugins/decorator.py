@@ -57,6 +57,10 @@ class BackendDecorator(Backend):
         """Return what the inner backend makes of a leg."""
         return self.inner.arrange(source, target)
 
+    def chunk_limits(self, source: Space, target: Space) -> tuple[int, int] | None:
+        """Return the inner backend's limits."""
+        return self.inner.chunk_limits(source, target)
+
     async def open_leg(self, scope: LegScope) -> OpenLeg:
         """Open the inner backend's leg, which this does not change: its chunks go past ``move``."""
         return await self.inner.open_leg(scope)

@@ -27,7 +27,10 @@ BUILT_IN: Mapping[str, str] = {
     "local": "xferd.plugins.local:LocalBackend",
     "posix": "xferd.plugins.posix:PosixBackend",
     "tcp": "xferd.plugins.tcp:TcpBackend",
+    "ucx": "xferd.plugins.ucx:UcxBackend",
     "object": "xferd.plugins.object:ObjectBackend",
+    "cuda": "xferd.plugins.cuda.backend:CudaBackend",
+    "gds": "xferd.plugins.gds:GdsBackend",
     "faulty": "xferd.plugins.faulty:FaultyBackend",
 }
 """Name, as in the configuration, to "module:class". An optional one has an extra of the same name in pyproject.toml."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xferd.api import types as t
-from xferd.api import wire
+from xferd.api import types as t, wire
 from xferd.api.errors import NotFound
 from xferd.api.grpc._rpc import answers, token_of
-from xferd.api.proto import xferd_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2_grpc as pb_grpc
+from xferd.api.proto import xferd_v1_pb2 as pb, xferd_v1_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from xferd.api.engine import Engine

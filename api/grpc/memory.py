@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xferd.api import types as t
-from xferd.api import wire
+from xferd.api import types as t, wire
 from xferd.api.grpc._rpc import answers, caller_of, closing, reader_of
-from xferd.api.proto import xferd_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2_grpc as pb_grpc
+from xferd.api.proto import xferd_v1_pb2 as pb, xferd_v1_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -70,6 +68,28 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
         caller = reader_of(self._engine, context)
         page = await self._engine.list_objects(caller, wire.object_query_from_message(request))
         return wire.object_page_to_message(page)
+
+    @answers
+    async def RegisterDevice(self, request: pb.RegisterDeviceRequest, context: Context) -> pb.Region:
+        caller = caller_of(self._engine, context)
+        wanted = wire.register_device_from_message(request)
+        return wire.region_to_message(await self._engine.register_device(caller, wanted))
+
+    @answers
+    async def ExportDevice(self, request: pb.ExportDeviceRequest, context: Context) -> pb.DeviceExport:
+        caller = caller_of(self._engine, context)
+        return wire.device_handle_to_message(await self._engine.export_device(caller, t.RegionId(request.region)))
+
+    @answers
+    async def ListDevices(self, request: pb.ListDevicesRequest, context: Context) -> pb.DeviceList:
+        reader_of(self._engine, context)
+        return pb.DeviceList(devices=[wire.device_to_message(info) for info in self._engine.devices()])
+
+    @answers
+    async def OpenDeviceEvent(self, request: pb.OpenDeviceEventRequest, context: Context) -> pb.DeviceEvent:
+        caller = caller_of(self._engine, context)
+        event = await self._engine.open_device_event(caller, request.device, request.handle)
+        return wire.device_event_to_message(event)
 
     @answers
     async def HandOver(self, request: pb.HandOverRequest, context: Context) -> pb.RegionList:

@@ -24,8 +24,7 @@ from xferd.api.grpc.memory import MemoryServicer
 from xferd.api.grpc.metadata import MetadataServicer
 from xferd.api.grpc.sessions import SessionServicer
 from xferd.api.grpc.transfers import NotificationServicer, TransferServicer
-from xferd.api.proto import xferd_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2_grpc as pb_grpc
+from xferd.api.proto import xferd_v1_pb2 as pb, xferd_v1_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -6,12 +6,10 @@ import asyncio
 import hmac
 from typing import TYPE_CHECKING, Any
 
-from xferd.api import types as t
-from xferd.api import wire
+from xferd.api import types as t, wire
 from xferd.api.errors import Unauthenticated, Unavailable
 from xferd.api.grpc._rpc import answers, caller_of, token_of
-from xferd.api.proto import xferd_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2_grpc as pb_grpc
+from xferd.api.proto import xferd_v1_pb2 as pb, xferd_v1_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from xferd.api.engine import Sessions

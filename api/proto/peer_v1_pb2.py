@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from xferd.api.proto import xferd_v1_pb2 as xferd_dot_api_dot_proto_dot_xferd__v1__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dxferd/api/proto/peer_v1.proto\x12\rxferd.peer.v1\x1a\x1exferd/api/proto/xferd_v1.proto\"\xc4\x01\n\x05Hello\x12\x13\n\x0bmin_version\x18\x01 \x01(\r\x12\x13\n\x0bmax_version\x18\x02 \x01(\r\x12%\n\x04lane\x18\x03 \x01(\x0e\x32\x17.xferd.peer.v1.LaneKind\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\r\n\x05nonce\x18\x07 \x01(\x0c\x12\x15\n\rexpected_node\x18\x08 \x01(\t\x12\x16\n\x0e\x65xpected_epoch\x18\t \x01(\x04\"h\n\tChallenge\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\r\n\x05proof\x18\x06 \x01(\x0c\"\x16\n\x05Proof\x12\r\n\x05proof\x18\x01 \x01(\x0c\"<\n\x07Welcome\x12\x18\n\x10max_frame_nbytes\x18\x01 \x01(\x04\x12\x17\n\x0fmax_descriptors\x18\x02 \x01(\x04\"\xac\x02\n\x0bPeerRequest\x12\x10\n\x08\x63\x61use_id\x18\x01 \x01(\t\x12#\n\x04ping\x18\x02 \x01(\x0b\x32\x13.xferd.peer.v1.PingH\x00\x12*\n\x08get_node\x18\x03 \x01(\x0b\x32\x16.xferd.peer.v1.GetNodeH\x00\x12\x30\n\x0bget_regions\x18\x04 \x01(\x0b\x32\x19.xferd.peer.v1.GetRegionsH\x00\x12\'\n\x06notify\x18\x05 \x01(\x0b\x32\x15.xferd.peer.v1.NotifyH\x00\x12)\n\x07quiesce\x18\x06 \x01(\x0b\x32\x16.xferd.peer.v1.QuiesceH\x00\x12)\n\x07goodbye\x18\x07 \x01(\x0b\x32\x16.xferd.peer.v1.GoodbyeH\x00\x42\t\n\x07request\"\xcf\x01\n\tPeerReply\x12&\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.xferd.v1.ErrorDetailH\x00\x12#\n\x04pong\x18\x02 \x01(\x0b\x32\x13.xferd.peer.v1.PongH\x00\x12\x1e\n\x04node\x18\x03 \x01(\x0b\x32\x0e.xferd.v1.NodeH\x00\x12\'\n\x07regions\x18\x04 \x01(\x0b\x32\x14.xferd.v1.RegionListH\x00\x12#\n\x04\x64one\x18\x05 \x01(\x0b\x32\x13.xferd.peer.v1.DoneH\x00\x42\x07\n\x05reply\"\x06\n\x04Ping\"\x06\n\x04Pong\"\x06\n\x04\x44one\"\'\n\x07GetNode\x12\x1c\n\x04mine\x18\x01 \x01(\x0b\x32\x0e.xferd.v1.Node\":\n\nGetRegions\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x03(\x04\"6\n\x06Notify\x12,\n\x0cnotification\x18\x01 \x01(\x0b\x32\x16.xferd.v1.Notification\"\x1e\n\x07Quiesce\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"\x19\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xba\x01\n\x0b\x44\x61taRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61use_id\x18\x02 \x01(\t\x12 \n\x02op\x18\x03 \x01(\x0e\x32\x14.xferd.v1.TransferOp\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0e\n\x06region\x18\x05 \x01(\x0c\x12\x0e\n\x06offset\x18\x06 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x07 \x01(\x0c\x12\x14\n\x0ctotal_nbytes\x18\x08 \x01(\x04\x12\r\n\x05\x61gent\x18\t \x01(\t\"G\n\tDataReply\x12$\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.xferd.v1.ErrorDetail\x12\x14\n\x0cmoved_nbytes\x18\x02 \x01(\x04*P\n\x08LaneKind\x12\x19\n\x15LANE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11LANE_KIND_CONTROL\x10\x01\x12\x12\n\x0eLANE_KIND_DATA\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dxferd/api/proto/peer_v1.proto\x12\rxferd.peer.v1\x1a\x1exferd/api/proto/xferd_v1.proto\"\xc4\x01\n\x05Hello\x12\x13\n\x0bmin_version\x18\x01 \x01(\r\x12\x13\n\x0bmax_version\x18\x02 \x01(\r\x12%\n\x04lane\x18\x03 \x01(\x0e\x32\x17.xferd.peer.v1.LaneKind\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\r\n\x05nonce\x18\x07 \x01(\x0c\x12\x15\n\rexpected_node\x18\x08 \x01(\t\x12\x16\n\x0e\x65xpected_epoch\x18\t \x01(\x04\"h\n\tChallenge\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\r\n\x05proof\x18\x06 \x01(\x0c\"\x16\n\x05Proof\x12\r\n\x05proof\x18\x01 \x01(\x0c\"<\n\x07Welcome\x12\x18\n\x10max_frame_nbytes\x18\x01 \x01(\x04\x12\x17\n\x0fmax_descriptors\x18\x02 \x01(\x04\"\xde\x03\n\x0bPeerRequest\x12\x10\n\x08\x63\x61use_id\x18\x01 \x01(\t\x12#\n\x04ping\x18\x02 \x01(\x0b\x32\x13.xferd.peer.v1.PingH\x00\x12*\n\x08get_node\x18\x03 \x01(\x0b\x32\x16.xferd.peer.v1.GetNodeH\x00\x12\x30\n\x0bget_regions\x18\x04 \x01(\x0b\x32\x19.xferd.peer.v1.GetRegionsH\x00\x12\'\n\x06notify\x18\x05 \x01(\x0b\x32\x15.xferd.peer.v1.NotifyH\x00\x12)\n\x07quiesce\x18\x06 \x01(\x0b\x32\x16.xferd.peer.v1.QuiesceH\x00\x12)\n\x07goodbye\x18\x07 \x01(\x0b\x32\x16.xferd.peer.v1.GoodbyeH\x00\x12*\n\x08ucx_open\x18\x08 \x01(\x0b\x32\x16.xferd.peer.v1.UcxOpenH\x00\x12*\n\x08ucx_move\x18\t \x01(\x0b\x32\x16.xferd.peer.v1.UcxMoveH\x00\x12*\n\x08ucx_pull\x18\n \x01(\x0b\x32\x16.xferd.peer.v1.UcxPullH\x00\x12,\n\tucx_abort\x18\x0b \x01(\x0b\x32\x17.xferd.peer.v1.UcxAbortH\x00\x42\t\n\x07request\"\xae\x02\n\tPeerReply\x12&\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.xferd.v1.ErrorDetailH\x00\x12#\n\x04pong\x18\x02 \x01(\x0b\x32\x13.xferd.peer.v1.PongH\x00\x12\x1e\n\x04node\x18\x03 \x01(\x0b\x32\x0e.xferd.v1.NodeH\x00\x12\'\n\x07regions\x18\x04 \x01(\x0b\x32\x14.xferd.v1.RegionListH\x00\x12#\n\x04\x64one\x18\x05 \x01(\x0b\x32\x13.xferd.peer.v1.DoneH\x00\x12.\n\nucx_opened\x18\x06 \x01(\x0b\x32\x18.xferd.peer.v1.UcxOpenedH\x00\x12-\n\tucx_moved\x18\x07 \x01(\x0b\x32\x18.xferd.peer.v1.DataReplyH\x00\x42\x07\n\x05reply\"\x06\n\x04Ping\"\x06\n\x04Pong\"\x06\n\x04\x44one\"\'\n\x07GetNode\x12\x1c\n\x04mine\x18\x01 \x01(\x0b\x32\x0e.xferd.v1.Node\":\n\nGetRegions\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x03(\x04\"6\n\x06Notify\x12,\n\x0cnotification\x18\x01 \x01(\x0b\x32\x16.xferd.v1.Notification\"\x1e\n\x07Quiesce\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"\x19\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xca\x01\n\x0b\x44\x61taRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61use_id\x18\x02 \x01(\t\x12 \n\x02op\x18\x03 \x01(\x0e\x32\x14.xferd.v1.TransferOp\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0e\n\x06region\x18\x05 \x01(\x0c\x12\x0e\n\x06offset\x18\x06 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x07 \x01(\x0c\x12\x14\n\x0ctotal_nbytes\x18\x08 \x01(\x04\x12\r\n\x05\x61gent\x18\t \x01(\t\x12\x0e\n\x06verify\x18\n \x01(\x08\"G\n\tDataReply\x12$\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.xferd.v1.ErrorDetail\x12\x14\n\x0cmoved_nbytes\x18\x02 \x01(\x04\"\x1a\n\x07UcxOpen\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\"D\n\tUcxOpened\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x17\n\x0fmax_descriptors\x18\x03 \x01(\x04\"O\n\x07UcxMove\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.xferd.peer.v1.DataRequest\x12\n\n\x02id\x18\x02 \x01(\x04\x12\x0b\n\x03tag\x18\x03 \x01(\x04\"2\n\x07UcxPull\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0b\n\x03tag\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"\x16\n\x08UcxAbort\x12\n\n\x02id\x18\x01 \x01(\x04*P\n\x08LaneKind\x12\x19\n\x15LANE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11LANE_KIND_CONTROL\x10\x01\x12\x12\n\x0eLANE_KIND_DATA\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'xferd.api.proto.peer_v1_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LANEKIND']._serialized_start=1486
-  _globals['_LANEKIND']._serialized_end=1566
+  _globals['_LANEKIND']._serialized_start=2030
+  _globals['_LANEKIND']._serialized_end=2110
   _globals['_HELLO']._serialized_start=81
   _globals['_HELLO']._serialized_end=277
   _globals['_CHALLENGE']._serialized_start=279
@@ -43,27 +43,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WELCOME']._serialized_start=409
   _globals['_WELCOME']._serialized_end=469
   _globals['_PEERREQUEST']._serialized_start=472
-  _globals['_PEERREQUEST']._serialized_end=772
-  _globals['_PEERREPLY']._serialized_start=775
-  _globals['_PEERREPLY']._serialized_end=982
-  _globals['_PING']._serialized_start=984
-  _globals['_PING']._serialized_end=990
-  _globals['_PONG']._serialized_start=992
-  _globals['_PONG']._serialized_end=998
-  _globals['_DONE']._serialized_start=1000
-  _globals['_DONE']._serialized_end=1006
-  _globals['_GETNODE']._serialized_start=1008
-  _globals['_GETNODE']._serialized_end=1047
-  _globals['_GETREGIONS']._serialized_start=1049
-  _globals['_GETREGIONS']._serialized_end=1107
-  _globals['_NOTIFY']._serialized_start=1109
-  _globals['_NOTIFY']._serialized_end=1163
-  _globals['_QUIESCE']._serialized_start=1165
-  _globals['_QUIESCE']._serialized_end=1195
-  _globals['_GOODBYE']._serialized_start=1197
-  _globals['_GOODBYE']._serialized_end=1222
-  _globals['_DATAREQUEST']._serialized_start=1225
-  _globals['_DATAREQUEST']._serialized_end=1411
-  _globals['_DATAREPLY']._serialized_start=1413
-  _globals['_DATAREPLY']._serialized_end=1484
+  _globals['_PEERREQUEST']._serialized_end=950
+  _globals['_PEERREPLY']._serialized_start=953
+  _globals['_PEERREPLY']._serialized_end=1255
+  _globals['_PING']._serialized_start=1257
+  _globals['_PING']._serialized_end=1263
+  _globals['_PONG']._serialized_start=1265
+  _globals['_PONG']._serialized_end=1271
+  _globals['_DONE']._serialized_start=1273
+  _globals['_DONE']._serialized_end=1279
+  _globals['_GETNODE']._serialized_start=1281
+  _globals['_GETNODE']._serialized_end=1320
+  _globals['_GETREGIONS']._serialized_start=1322
+  _globals['_GETREGIONS']._serialized_end=1380
+  _globals['_NOTIFY']._serialized_start=1382
+  _globals['_NOTIFY']._serialized_end=1436
+  _globals['_QUIESCE']._serialized_start=1438
+  _globals['_QUIESCE']._serialized_end=1468
+  _globals['_GOODBYE']._serialized_start=1470
+  _globals['_GOODBYE']._serialized_end=1495
+  _globals['_DATAREQUEST']._serialized_start=1498
+  _globals['_DATAREQUEST']._serialized_end=1700
+  _globals['_DATAREPLY']._serialized_start=1702
+  _globals['_DATAREPLY']._serialized_end=1773
+  _globals['_UCXOPEN']._serialized_start=1775
+  _globals['_UCXOPEN']._serialized_end=1801
+  _globals['_UCXOPENED']._serialized_start=1803
+  _globals['_UCXOPENED']._serialized_end=1871
+  _globals['_UCXMOVE']._serialized_start=1873
+  _globals['_UCXMOVE']._serialized_end=1952
+  _globals['_UCXPULL']._serialized_start=1954
+  _globals['_UCXPULL']._serialized_end=2004
+  _globals['_UCXABORT']._serialized_start=2006
+  _globals['_UCXABORT']._serialized_end=2028
 # @@protoc_insertion_point(module_scope)

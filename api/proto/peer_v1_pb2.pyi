@@ -163,6 +163,10 @@ class PeerRequest(google.protobuf.message.Message):
     NOTIFY_FIELD_NUMBER: builtins.int
     QUIESCE_FIELD_NUMBER: builtins.int
     GOODBYE_FIELD_NUMBER: builtins.int
+    UCX_OPEN_FIELD_NUMBER: builtins.int
+    UCX_MOVE_FIELD_NUMBER: builtins.int
+    UCX_PULL_FIELD_NUMBER: builtins.int
+    UCX_ABORT_FIELD_NUMBER: builtins.int
     cause_id: builtins.str
     @property
     def ping(self) -> Global___Ping: ...
@@ -176,6 +180,14 @@ class PeerRequest(google.protobuf.message.Message):
     def quiesce(self) -> Global___Quiesce: ...
     @property
     def goodbye(self) -> Global___Goodbye: ...
+    @property
+    def ucx_open(self) -> Global___UcxOpen: ...
+    @property
+    def ucx_move(self) -> Global___UcxMove: ...
+    @property
+    def ucx_pull(self) -> Global___UcxPull: ...
+    @property
+    def ucx_abort(self) -> Global___UcxAbort: ...
     def __init__(
         self,
         *,
@@ -186,10 +198,14 @@ class PeerRequest(google.protobuf.message.Message):
         notify: Global___Notify | None = ...,
         quiesce: Global___Quiesce | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        ucx_open: Global___UcxOpen | None = ...,
+        ucx_move: Global___UcxMove | None = ...,
+        ucx_pull: Global___UcxPull | None = ...,
+        ucx_abort: Global___UcxAbort | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["get_node", b"get_node", "get_regions", b"get_regions", "goodbye", b"goodbye", "notify", b"notify", "ping", b"ping", "quiesce", b"quiesce", "request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cause_id", b"cause_id", "get_node", b"get_node", "get_regions", b"get_regions", "goodbye", b"goodbye", "notify", b"notify", "ping", b"ping", "quiesce", b"quiesce", "request", b"request"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["ping", "get_node", "get_regions", "notify", "quiesce", "goodbye"] | None: ...
+    def HasField(self, field_name: typing.Literal["get_node", b"get_node", "get_regions", b"get_regions", "goodbye", b"goodbye", "notify", b"notify", "ping", b"ping", "quiesce", b"quiesce", "request", b"request", "ucx_abort", b"ucx_abort", "ucx_move", b"ucx_move", "ucx_open", b"ucx_open", "ucx_pull", b"ucx_pull"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cause_id", b"cause_id", "get_node", b"get_node", "get_regions", b"get_regions", "goodbye", b"goodbye", "notify", b"notify", "ping", b"ping", "quiesce", b"quiesce", "request", b"request", "ucx_abort", b"ucx_abort", "ucx_move", b"ucx_move", "ucx_open", b"ucx_open", "ucx_pull", b"ucx_pull"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["ping", "get_node", "get_regions", "notify", "quiesce", "goodbye", "ucx_open", "ucx_move", "ucx_pull", "ucx_abort"] | None: ...
 
 Global___PeerRequest: typing_extensions.TypeAlias = PeerRequest
 
@@ -202,6 +218,8 @@ class PeerReply(google.protobuf.message.Message):
     NODE_FIELD_NUMBER: builtins.int
     REGIONS_FIELD_NUMBER: builtins.int
     DONE_FIELD_NUMBER: builtins.int
+    UCX_OPENED_FIELD_NUMBER: builtins.int
+    UCX_MOVED_FIELD_NUMBER: builtins.int
     @property
     def error(self) -> xferd.api.proto.xferd_v1_pb2.ErrorDetail: ...
     @property
@@ -212,6 +230,12 @@ class PeerReply(google.protobuf.message.Message):
     def regions(self) -> xferd.api.proto.xferd_v1_pb2.RegionList: ...
     @property
     def done(self) -> Global___Done: ...
+    @property
+    def ucx_opened(self) -> Global___UcxOpened: ...
+    @property
+    def ucx_moved(self) -> Global___DataReply:
+        """when the last byte of the chunk has moved"""
+
     def __init__(
         self,
         *,
@@ -220,10 +244,12 @@ class PeerReply(google.protobuf.message.Message):
         node: xferd.api.proto.xferd_v1_pb2.Node | None = ...,
         regions: xferd.api.proto.xferd_v1_pb2.RegionList | None = ...,
         done: Global___Done | None = ...,
+        ucx_opened: Global___UcxOpened | None = ...,
+        ucx_moved: Global___DataReply | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["done", b"done", "error", b"error", "node", b"node", "pong", b"pong", "regions", b"regions", "reply", b"reply"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["done", b"done", "error", b"error", "node", b"node", "pong", b"pong", "regions", b"regions", "reply", b"reply"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["reply", b"reply"]) -> typing.Literal["error", "pong", "node", "regions", "done"] | None: ...
+    def HasField(self, field_name: typing.Literal["done", b"done", "error", b"error", "node", b"node", "pong", b"pong", "regions", b"regions", "reply", b"reply", "ucx_moved", b"ucx_moved", "ucx_opened", b"ucx_opened"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["done", b"done", "error", b"error", "node", b"node", "pong", b"pong", "regions", b"regions", "reply", b"reply", "ucx_moved", b"ucx_moved", "ucx_opened", b"ucx_opened"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["reply", b"reply"]) -> typing.Literal["error", "pong", "node", "regions", "done", "ucx_opened", "ucx_moved"] | None: ...
 
 Global___PeerReply: typing_extensions.TypeAlias = PeerReply
 
@@ -368,6 +394,7 @@ class DataRequest(google.protobuf.message.Message):
     NBYTES_FIELD_NUMBER: builtins.int
     TOTAL_NBYTES_FIELD_NUMBER: builtins.int
     AGENT_FIELD_NUMBER: builtins.int
+    VERIFY_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     cause_id: builtins.str
     op: xferd.api.proto.xferd_v1_pb2.TransferOp.ValueType
@@ -379,6 +406,8 @@ class DataRequest(google.protobuf.message.Message):
     total_nbytes: builtins.int
     agent: builtins.str
     """on whose behalf, for the log"""
+    verify: builtins.bool
+    """READ: what lies in storage pools is compared with its checksums before a byte is sent"""
     def __init__(
         self,
         *,
@@ -391,8 +420,9 @@ class DataRequest(google.protobuf.message.Message):
         nbytes: builtins.bytes = ...,
         total_nbytes: builtins.int = ...,
         agent: builtins.str = ...,
+        verify: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent", b"agent", "cause_id", b"cause_id", "epoch", b"epoch", "nbytes", b"nbytes", "offset", b"offset", "op", b"op", "region", b"region", "total_nbytes", b"total_nbytes", "transfer_id", b"transfer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent", b"agent", "cause_id", b"cause_id", "epoch", b"epoch", "nbytes", b"nbytes", "offset", b"offset", "op", b"op", "region", b"region", "total_nbytes", b"total_nbytes", "transfer_id", b"transfer_id", "verify", b"verify"]) -> None: ...
 
 Global___DataRequest: typing_extensions.TypeAlias = DataRequest
 
@@ -417,3 +447,112 @@ class DataReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["error", b"error", "moved_nbytes", b"moved_nbytes"]) -> None: ...
 
 Global___DataReply: typing_extensions.TypeAlias = DataReply
+
+@typing.final
+class UcxOpen(google.protobuf.message.Message):
+    """-- the ucx backend: requests go over the control lane, payload as tagged messages of UCX
+
+    Exchange of worker addresses. A second one replaces the caller's endpoint of the first.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: builtins.int
+    address: builtins.bytes
+    def __init__(
+        self,
+        *,
+        address: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address"]) -> None: ...
+
+Global___UcxOpen: typing_extensions.TypeAlias = UcxOpen
+
+@typing.final
+class UcxOpened(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    MAX_DESCRIPTORS_FIELD_NUMBER: builtins.int
+    address: builtins.bytes
+    epoch: builtins.int
+    max_descriptors: builtins.int
+    def __init__(
+        self,
+        *,
+        address: builtins.bytes = ...,
+        epoch: builtins.int = ...,
+        max_descriptors: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "epoch", b"epoch", "max_descriptors", b"max_descriptors"]) -> None: ...
+
+Global___UcxOpened: typing_extensions.TypeAlias = UcxOpened
+
+@typing.final
+class UcxMove(google.protobuf.message.Message):
+    """One READ or WRITE. READ: the payload comes in messages with this tag, in list order."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    TAG_FIELD_NUMBER: builtins.int
+    id: builtins.int
+    """of this chunk; 64 random bits"""
+    tag: builtins.int
+    """READ only; 64 random bits"""
+    @property
+    def request(self) -> Global___DataRequest: ...
+    def __init__(
+        self,
+        *,
+        request: Global___DataRequest | None = ...,
+        id: builtins.int = ...,
+        tag: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "request", b"request", "tag", b"tag"]) -> None: ...
+
+Global___UcxMove: typing_extensions.TypeAlias = UcxMove
+
+@typing.final
+class UcxPull(google.protobuf.message.Message):
+    """Server to caller, within a WRITE: send the next bytes of the list as one message with this tag."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    TAG_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    id: builtins.int
+    tag: builtins.int
+    """64 random bits"""
+    nbytes: builtins.int
+    def __init__(
+        self,
+        *,
+        id: builtins.int = ...,
+        tag: builtins.int = ...,
+        nbytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "nbytes", b"nbytes", "tag", b"tag"]) -> None: ...
+
+Global___UcxPull: typing_extensions.TypeAlias = UcxPull
+
+@typing.final
+class UcxAbort(google.protobuf.message.Message):
+    """Answers when no byte of the caller's chunk is moved here any more, and refuses it if it comes later."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    id: builtins.int
+    def __init__(
+        self,
+        *,
+        id: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id"]) -> None: ...
+
+Global___UcxAbort: typing_extensions.TypeAlias = UcxAbort

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from xferd.api.proto import xferd_v1_pb2 as xferd_dot_api_dot_proto_dot_xferd__v1__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n xferd/api/proto/session_v1.proto\x12\x08xferd.v1\x1a\x1exferd/api/proto/xferd_v1.proto\"\x87\x02\n\x14SessionSocketRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12 \n\x05hello\x18\x02 \x01(\x0b\x32\x0f.xferd.v1.HelloH\x00\x12%\n\x08map_pool\x18\x03 \x01(\x0b\x32\x11.xferd.v1.MapPoolH\x00\x12\x31\n\x0eregister_memfd\x18\x04 \x01(\x0b\x32\x17.xferd.v1.RegisterMemfdH\x00\x12+\n\x0bregister_fd\x18\x05 \x01(\x0b\x32\x14.xferd.v1.RegisterFdH\x00\x12\'\n\topen_ring\x18\x06 \x01(\x0b\x32\x12.xferd.v1.OpenRingH\x00\x42\t\n\x07request\"\'\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05\x61gent\x18\x02 \x01(\t\"\x17\n\x07MapPool\x12\x0c\n\x04pool\x18\x01 \x01(\t\"P\n\rRegisterMemfd\x12\x0e\n\x06nbytes\x18\x01 \x01(\x04\x12 \n\x06\x61\x63\x63\x65ss\x18\x02 \x01(\x0e\x32\x10.xferd.v1.Access\x12\r\n\x05label\x18\x03 \x01(\t\"_\n\nRegisterFd\x12\x0e\n\x06nbytes\x18\x01 \x01(\x04\x12\x10\n\x08writable\x18\x02 \x01(\x08\x12 \n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0e\x32\x10.xferd.v1.Access\x12\r\n\x05label\x18\x04 \x01(\t\"p\n\x08OpenRing\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nsq_entries\x18\x02 \x01(\r\x12\x12\n\ncq_entries\x18\x03 \x01(\r\x12\x15\n\rdetail_nbytes\x18\x04 \x01(\r\x12\x14\n\x0c\x61rena_nbytes\x18\x05 \x01(\x04\"\x1b\n\tRingGrant\x12\x0e\n\x06nbytes\x18\x01 \x01(\x04\"{\n\x0bRingOptions\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61use_id\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12,\n\x0cnotification\x18\x04 \x01(\x0b\x32\x16.xferd.v1.Notification\x12\x0e\n\x06verify\x18\x05 \x01(\x08\"\x82\x02\n\x12SessionSocketReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.xferd.v1.ErrorDetailH\x00\x12\'\n\x05grant\x18\x03 \x01(\x0b\x32\x16.xferd.v1.SessionGrantH\x00\x12\"\n\x04pool\x18\x04 \x01(\x0b\x32\x12.xferd.v1.PoolInfoH\x00\x12\"\n\x06region\x18\x05 \x01(\x0b\x32\x10.xferd.v1.RegionH\x00\x12\x11\n\x07\x63losing\x18\x06 \x01(\tH\x00\x12#\n\x04ring\x18\x07 \x01(\x0b\x32\x13.xferd.v1.RingGrantH\x00\x42\x07\n\x05replyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n xferd/api/proto/session_v1.proto\x12\x08xferd.v1\x1a\x1exferd/api/proto/xferd_v1.proto\"\xc1\x02\n\x14SessionSocketRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12 \n\x05hello\x18\x02 \x01(\x0b\x32\x0f.xferd.v1.HelloH\x00\x12%\n\x08map_pool\x18\x03 \x01(\x0b\x32\x11.xferd.v1.MapPoolH\x00\x12\x31\n\x0eregister_memfd\x18\x04 \x01(\x0b\x32\x17.xferd.v1.RegisterMemfdH\x00\x12+\n\x0bregister_fd\x18\x05 \x01(\x0b\x32\x14.xferd.v1.RegisterFdH\x00\x12\'\n\topen_ring\x18\x06 \x01(\x0b\x32\x12.xferd.v1.OpenRingH\x00\x12\x38\n\x12register_device_fd\x18\x07 \x01(\x0b\x32\x1a.xferd.v1.RegisterDeviceFdH\x00\x42\t\n\x07request\"\'\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05\x61gent\x18\x02 \x01(\t\"\x17\n\x07MapPool\x12\x0c\n\x04pool\x18\x01 \x01(\t\"P\n\rRegisterMemfd\x12\x0e\n\x06nbytes\x18\x01 \x01(\x04\x12 \n\x06\x61\x63\x63\x65ss\x18\x02 \x01(\x0e\x32\x10.xferd.v1.Access\x12\r\n\x05label\x18\x03 \x01(\t\"_\n\nRegisterFd\x12\x0e\n\x06nbytes\x18\x01 \x01(\x04\x12\x10\n\x08writable\x18\x02 \x01(\x08\x12 \n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0e\x32\x10.xferd.v1.Access\x12\r\n\x05label\x18\x04 \x01(\t\"\xa5\x01\n\x10RegisterDeviceFd\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\x0c\x12\x19\n\x11\x61llocation_nbytes\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06nbytes\x18\x04 \x01(\x04\x12 \n\x06\x61\x63\x63\x65ss\x18\x05 \x01(\x0e\x32\x10.xferd.v1.Access\x12\r\n\x05label\x18\x06 \x01(\t\x12\x10\n\x08writable\x18\x07 \x01(\x08\"p\n\x08OpenRing\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nsq_entries\x18\x02 \x01(\r\x12\x12\n\ncq_entries\x18\x03 \x01(\r\x12\x15\n\rdetail_nbytes\x18\x04 \x01(\r\x12\x14\n\x0c\x61rena_nbytes\x18\x05 \x01(\x04\"\x1b\n\tRingGrant\x12\x0e\n\x06nbytes\x18\x01 \x01(\x04\"\xa3\x01\n\x0bRingOptions\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61use_id\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12,\n\x0cnotification\x18\x04 \x01(\x0b\x32\x16.xferd.v1.Notification\x12\x0e\n\x06verify\x18\x05 \x01(\x08\x12\x12\n\nwait_event\x18\x06 \x01(\x04\x12\x12\n\ndone_event\x18\x07 \x01(\x04\"\x82\x02\n\x12SessionSocketReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.xferd.v1.ErrorDetailH\x00\x12\'\n\x05grant\x18\x03 \x01(\x0b\x32\x16.xferd.v1.SessionGrantH\x00\x12\"\n\x04pool\x18\x04 \x01(\x0b\x32\x12.xferd.v1.PoolInfoH\x00\x12\"\n\x06region\x18\x05 \x01(\x0b\x32\x10.xferd.v1.RegionH\x00\x12\x11\n\x07\x63losing\x18\x06 \x01(\tH\x00\x12#\n\x04ring\x18\x07 \x01(\x0b\x32\x13.xferd.v1.RingGrantH\x00\x42\x07\n\x05replyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'xferd.api.proto.session_v1_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SESSIONSOCKETREQUEST']._serialized_start=79
-  _globals['_SESSIONSOCKETREQUEST']._serialized_end=342
-  _globals['_HELLO']._serialized_start=344
-  _globals['_HELLO']._serialized_end=383
-  _globals['_MAPPOOL']._serialized_start=385
-  _globals['_MAPPOOL']._serialized_end=408
-  _globals['_REGISTERMEMFD']._serialized_start=410
-  _globals['_REGISTERMEMFD']._serialized_end=490
-  _globals['_REGISTERFD']._serialized_start=492
-  _globals['_REGISTERFD']._serialized_end=587
-  _globals['_OPENRING']._serialized_start=589
-  _globals['_OPENRING']._serialized_end=701
-  _globals['_RINGGRANT']._serialized_start=703
-  _globals['_RINGGRANT']._serialized_end=730
-  _globals['_RINGOPTIONS']._serialized_start=732
-  _globals['_RINGOPTIONS']._serialized_end=855
-  _globals['_SESSIONSOCKETREPLY']._serialized_start=858
-  _globals['_SESSIONSOCKETREPLY']._serialized_end=1116
+  _globals['_SESSIONSOCKETREQUEST']._serialized_end=400
+  _globals['_HELLO']._serialized_start=402
+  _globals['_HELLO']._serialized_end=441
+  _globals['_MAPPOOL']._serialized_start=443
+  _globals['_MAPPOOL']._serialized_end=466
+  _globals['_REGISTERMEMFD']._serialized_start=468
+  _globals['_REGISTERMEMFD']._serialized_end=548
+  _globals['_REGISTERFD']._serialized_start=550
+  _globals['_REGISTERFD']._serialized_end=645
+  _globals['_REGISTERDEVICEFD']._serialized_start=648
+  _globals['_REGISTERDEVICEFD']._serialized_end=813
+  _globals['_OPENRING']._serialized_start=815
+  _globals['_OPENRING']._serialized_end=927
+  _globals['_RINGGRANT']._serialized_start=929
+  _globals['_RINGGRANT']._serialized_end=956
+  _globals['_RINGOPTIONS']._serialized_start=959
+  _globals['_RINGOPTIONS']._serialized_end=1122
+  _globals['_SESSIONSOCKETREPLY']._serialized_start=1125
+  _globals['_SESSIONSOCKETREPLY']._serialized_end=1383
 # @@protoc_insertion_point(module_scope)

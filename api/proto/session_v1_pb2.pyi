@@ -30,6 +30,7 @@ class SessionSocketRequest(google.protobuf.message.Message):
     REGISTER_MEMFD_FIELD_NUMBER: builtins.int
     REGISTER_FD_FIELD_NUMBER: builtins.int
     OPEN_RING_FIELD_NUMBER: builtins.int
+    REGISTER_DEVICE_FD_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """answered in the same order, and named in the answer"""
     @property
@@ -46,6 +47,10 @@ class SessionSocketRequest(google.protobuf.message.Message):
 
     @property
     def open_ring(self) -> Global___OpenRing: ...
+    @property
+    def register_device_fd(self) -> Global___RegisterDeviceFd:
+        """one fd: a VMM allocation's"""
+
     def __init__(
         self,
         *,
@@ -55,10 +60,11 @@ class SessionSocketRequest(google.protobuf.message.Message):
         register_memfd: Global___RegisterMemfd | None = ...,
         register_fd: Global___RegisterFd | None = ...,
         open_ring: Global___OpenRing | None = ...,
+        register_device_fd: Global___RegisterDeviceFd | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["hello", b"hello", "map_pool", b"map_pool", "open_ring", b"open_ring", "register_fd", b"register_fd", "register_memfd", b"register_memfd", "request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["hello", b"hello", "map_pool", b"map_pool", "open_ring", b"open_ring", "register_fd", b"register_fd", "register_memfd", b"register_memfd", "request", b"request", "request_id", b"request_id"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["hello", "map_pool", "register_memfd", "register_fd", "open_ring"] | None: ...
+    def HasField(self, field_name: typing.Literal["hello", b"hello", "map_pool", b"map_pool", "open_ring", b"open_ring", "register_device_fd", b"register_device_fd", "register_fd", b"register_fd", "register_memfd", b"register_memfd", "request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hello", b"hello", "map_pool", b"map_pool", "open_ring", b"open_ring", "register_device_fd", b"register_device_fd", "register_fd", b"register_fd", "register_memfd", b"register_memfd", "request", b"request", "request_id", b"request_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["hello", "map_pool", "register_memfd", "register_fd", "open_ring", "register_device_fd"] | None: ...
 
 Global___SessionSocketRequest: typing_extensions.TypeAlias = SessionSocketRequest
 
@@ -146,6 +152,42 @@ class RegisterFd(google.protobuf.message.Message):
 Global___RegisterFd: typing_extensions.TypeAlias = RegisterFd
 
 @typing.final
+class RegisterDeviceFd(google.protobuf.message.Message):
+    """GPU memory of a VMM allocation (cuMemCreate), exported with cuMemExportToShareableHandle."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEVICE_UUID_FIELD_NUMBER: builtins.int
+    ALLOCATION_NBYTES_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
+    LABEL_FIELD_NUMBER: builtins.int
+    WRITABLE_FIELD_NUMBER: builtins.int
+    device_uuid: builtins.bytes
+    allocation_nbytes: builtins.int
+    offset: builtins.int
+    nbytes: builtins.int
+    """0: up to the allocation's end"""
+    access: xferd.api.proto.xferd_v1_pb2.Access.ValueType
+    label: builtins.str
+    writable: builtins.bool
+    def __init__(
+        self,
+        *,
+        device_uuid: builtins.bytes = ...,
+        allocation_nbytes: builtins.int = ...,
+        offset: builtins.int = ...,
+        nbytes: builtins.int = ...,
+        access: xferd.api.proto.xferd_v1_pb2.Access.ValueType = ...,
+        label: builtins.str = ...,
+        writable: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["access", b"access", "allocation_nbytes", b"allocation_nbytes", "device_uuid", b"device_uuid", "label", b"label", "nbytes", b"nbytes", "offset", b"offset", "writable", b"writable"]) -> None: ...
+
+Global___RegisterDeviceFd: typing_extensions.TypeAlias = RegisterDeviceFd
+
+@typing.final
 class OpenRing(google.protobuf.message.Message):
     """Asks for a ring in shared memory, one a session; docs/ring.md has its layout. The sizes' limits are the daemon's."""
 
@@ -208,10 +250,15 @@ class RingOptions(google.protobuf.message.Message):
     BACKEND_FIELD_NUMBER: builtins.int
     NOTIFICATION_FIELD_NUMBER: builtins.int
     VERIFY_FIELD_NUMBER: builtins.int
+    WAIT_EVENT_FIELD_NUMBER: builtins.int
+    DONE_EVENT_FIELD_NUMBER: builtins.int
     key: builtins.str
     cause_id: builtins.str
     backend: builtins.str
     verify: builtins.bool
+    wait_event: builtins.int
+    """see SubmitRequest"""
+    done_event: builtins.int
     @property
     def notification(self) -> xferd.api.proto.xferd_v1_pb2.Notification: ...
     def __init__(
@@ -222,9 +269,11 @@ class RingOptions(google.protobuf.message.Message):
         backend: builtins.str = ...,
         notification: xferd.api.proto.xferd_v1_pb2.Notification | None = ...,
         verify: builtins.bool = ...,
+        wait_event: builtins.int = ...,
+        done_event: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["notification", b"notification"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "key", b"key", "notification", b"notification", "verify", b"verify"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "done_event", b"done_event", "key", b"key", "notification", b"notification", "verify", b"verify", "wait_event", b"wait_event"]) -> None: ...
 
 Global___RingOptions: typing_extensions.TypeAlias = RingOptions
 

@@ -74,6 +74,8 @@ class _RegionSourceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """a file whose descriptor was passed over the session socket"""
     REGION_SOURCE_OBJECT: _RegionSource.ValueType  # 6
     """an object in a configured store"""
+    REGION_SOURCE_DEVICE: _RegionSource.ValueType  # 7
+    """a client's GPU memory, exported by an IPC handle or a file descriptor"""
 
 class RegionSource(_RegionSource, metaclass=_RegionSourceEnumTypeWrapper):
     """Where the bytes of a region live, which decides how they can be reached."""
@@ -91,6 +93,8 @@ REGION_SOURCE_FD: RegionSource.ValueType  # 5
 """a file whose descriptor was passed over the session socket"""
 REGION_SOURCE_OBJECT: RegionSource.ValueType  # 6
 """an object in a configured store"""
+REGION_SOURCE_DEVICE: RegionSource.ValueType  # 7
+"""a client's GPU memory, exported by an IPC handle or a file descriptor"""
 Global___RegionSource: typing_extensions.TypeAlias = RegionSource
 
 class _Access:
@@ -769,6 +773,213 @@ class RegisterObjectRequest(google.protobuf.message.Message):
 Global___RegisterObjectRequest: typing_extensions.TypeAlias = RegisterObjectRequest
 
 @typing.final
+class RegisterDeviceRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEVICE_UUID_FIELD_NUMBER: builtins.int
+    HANDLE_FIELD_NUMBER: builtins.int
+    ALLOCATION_NBYTES_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
+    LABEL_FIELD_NUMBER: builtins.int
+    WRITABLE_FIELD_NUMBER: builtins.int
+    device_uuid: builtins.bytes
+    """16 bytes; numbers of GPUs differ between processes, UUIDs do not"""
+    handle: builtins.bytes
+    """as cudaIpcGetMemHandle gives it for the allocation's first byte: 64 bytes"""
+    allocation_nbytes: builtins.int
+    """of the whole allocation"""
+    offset: builtins.int
+    """of the region in it"""
+    nbytes: builtins.int
+    """of the region; 0: up to the allocation's end"""
+    access: Global___Access.ValueType
+    label: builtins.str
+    writable: builtins.bool
+    def __init__(
+        self,
+        *,
+        device_uuid: builtins.bytes = ...,
+        handle: builtins.bytes = ...,
+        allocation_nbytes: builtins.int = ...,
+        offset: builtins.int = ...,
+        nbytes: builtins.int = ...,
+        access: Global___Access.ValueType = ...,
+        label: builtins.str = ...,
+        writable: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["access", b"access", "allocation_nbytes", b"allocation_nbytes", "device_uuid", b"device_uuid", "handle", b"handle", "label", b"label", "nbytes", b"nbytes", "offset", b"offset", "writable", b"writable"]) -> None: ...
+
+Global___RegisterDeviceRequest: typing_extensions.TypeAlias = RegisterDeviceRequest
+
+@typing.final
+class ExportDeviceRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: builtins.int
+    region: builtins.int
+    def __init__(
+        self,
+        *,
+        region: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["region", b"region"]) -> None: ...
+
+Global___ExportDeviceRequest: typing_extensions.TypeAlias = ExportDeviceRequest
+
+@typing.final
+class DeviceExport(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEVICE_UUID_FIELD_NUMBER: builtins.int
+    HANDLE_FIELD_NUMBER: builtins.int
+    ALLOCATION_NBYTES_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    DRIVER_FIELD_NUMBER: builtins.int
+    device_uuid: builtins.bytes
+    handle: builtins.bytes
+    allocation_nbytes: builtins.int
+    offset: builtins.int
+    """of the region in the allocation"""
+    driver: builtins.str
+    """"cuda" or "simulated" """
+    def __init__(
+        self,
+        *,
+        device_uuid: builtins.bytes = ...,
+        handle: builtins.bytes = ...,
+        allocation_nbytes: builtins.int = ...,
+        offset: builtins.int = ...,
+        driver: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allocation_nbytes", b"allocation_nbytes", "device_uuid", b"device_uuid", "driver", b"driver", "handle", b"handle", "offset", b"offset"]) -> None: ...
+
+Global___DeviceExport: typing_extensions.TypeAlias = DeviceExport
+
+@typing.final
+class ListDevicesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ListDevicesRequest: typing_extensions.TypeAlias = ListDevicesRequest
+
+@typing.final
+class DeviceList(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEVICES_FIELD_NUMBER: builtins.int
+    @property
+    def devices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Device]: ...
+    def __init__(
+        self,
+        *,
+        devices: collections.abc.Iterable[Global___Device] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["devices", b"devices"]) -> None: ...
+
+Global___DeviceList: typing_extensions.TypeAlias = DeviceList
+
+@typing.final
+class Device(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    DEVICE_UUID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    DRIVER_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    TOTAL_NBYTES_FIELD_NUMBER: builtins.int
+    FREE_NBYTES_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
+    WORKER_RESTARTS_FIELD_NUMBER: builtins.int
+    PINNED_NBYTES_FIELD_NUMBER: builtins.int
+    MOVED_NBYTES_FIELD_NUMBER: builtins.int
+    KERNEL_S_FIELD_NUMBER: builtins.int
+    COPY_S_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """as in a region's `device`"""
+    device_uuid: builtins.bytes
+    name: builtins.str
+    driver: builtins.str
+    """"cuda" or "simulated" """
+    reason: builtins.str
+    """why it cannot be used; empty where it can"""
+    total_nbytes: builtins.int
+    free_nbytes: builtins.int
+    """when a worker was asked last"""
+    workers: builtins.int
+    worker_restarts: builtins.int
+    pinned_nbytes: builtins.int
+    """host memory that the driver has locked, over all workers"""
+    moved_nbytes: builtins.int
+    kernel_s: builtins.float
+    """device time by kernels"""
+    copy_s: builtins.float
+    """device time by copy engines"""
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        device_uuid: builtins.bytes = ...,
+        name: builtins.str = ...,
+        driver: builtins.str = ...,
+        reason: builtins.str = ...,
+        total_nbytes: builtins.int = ...,
+        free_nbytes: builtins.int = ...,
+        workers: builtins.int = ...,
+        worker_restarts: builtins.int = ...,
+        pinned_nbytes: builtins.int = ...,
+        moved_nbytes: builtins.int = ...,
+        kernel_s: builtins.float = ...,
+        copy_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["copy_s", b"copy_s", "device_uuid", b"device_uuid", "driver", b"driver", "free_nbytes", b"free_nbytes", "index", b"index", "kernel_s", b"kernel_s", "moved_nbytes", b"moved_nbytes", "name", b"name", "pinned_nbytes", b"pinned_nbytes", "reason", b"reason", "total_nbytes", b"total_nbytes", "worker_restarts", b"worker_restarts", "workers", b"workers"]) -> None: ...
+
+Global___Device: typing_extensions.TypeAlias = Device
+
+@typing.final
+class OpenDeviceEventRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: builtins.int
+    HANDLE_FIELD_NUMBER: builtins.int
+    device: builtins.int
+    handle: builtins.bytes
+    """as cudaIpcGetEventHandle gives it; empty: make one"""
+    def __init__(
+        self,
+        *,
+        device: builtins.int = ...,
+        handle: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "handle", b"handle"]) -> None: ...
+
+Global___OpenDeviceEventRequest: typing_extensions.TypeAlias = OpenDeviceEventRequest
+
+@typing.final
+class DeviceEvent(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: builtins.int
+    HANDLE_FIELD_NUMBER: builtins.int
+    event: builtins.int
+    handle: builtins.bytes
+    """of one that was made"""
+    def __init__(
+        self,
+        *,
+        event: builtins.int = ...,
+        handle: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "handle", b"handle"]) -> None: ...
+
+Global___DeviceEvent: typing_extensions.TypeAlias = DeviceEvent
+
+@typing.final
 class QueryItem(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1208,6 +1419,8 @@ class SubmitRequest(google.protobuf.message.Message):
     HOLD_FIELD_NUMBER: builtins.int
     WAIT_S_FIELD_NUMBER: builtins.int
     VERIFY_FIELD_NUMBER: builtins.int
+    WAIT_EVENT_FIELD_NUMBER: builtins.int
+    DONE_EVENT_FIELD_NUMBER: builtins.int
     op: Global___TransferOp.ValueType
     key: builtins.str
     """idempotency: the same key in this session gives the same transfer"""
@@ -1222,6 +1435,11 @@ class SubmitRequest(google.protobuf.message.Message):
     wait_s: builtins.float
     verify: builtins.bool
     """what is read from storage pools is compared with its checksums before DONE"""
+    wait_event: builtins.int
+    """Events of GPUs, by their numbers of OpenDeviceEvent: legs that touch GPU memory wait for the first, as it was last
+    recorded when the transfer is posted, and record the second when they have ended. 0: none.
+    """
+    done_event: builtins.int
     @property
     def local(self) -> Global___DescriptorList: ...
     @property
@@ -1247,9 +1465,11 @@ class SubmitRequest(google.protobuf.message.Message):
         hold: builtins.bool = ...,
         wait_s: builtins.float = ...,
         verify: builtins.bool = ...,
+        wait_event: builtins.int = ...,
+        done_event: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["local", b"local", "notification", b"notification", "remote", b"remote"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "hold", b"hold", "key", b"key", "local", b"local", "notification", b"notification", "op", b"op", "priority", b"priority", "remote", b"remote", "timeout_s", b"timeout_s", "verify", b"verify", "wait_s", b"wait_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "done_event", b"done_event", "hold", b"hold", "key", b"key", "local", b"local", "notification", b"notification", "op", b"op", "priority", b"priority", "remote", b"remote", "timeout_s", b"timeout_s", "verify", b"verify", "wait_event", b"wait_event", "wait_s", b"wait_s"]) -> None: ...
 
 Global___SubmitRequest: typing_extensions.TypeAlias = SubmitRequest
 
@@ -2068,6 +2288,8 @@ class PoolInfo(google.protobuf.message.Message):
     MAPPABLE_FIELD_NUMBER: builtins.int
     HUGE_NBYTES_FIELD_NUMBER: builtins.int
     HUGE_REFUSAL_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
     name: builtins.str
     kind: Global___MemoryKind.ValueType
     nbytes: builtins.int
@@ -2084,6 +2306,10 @@ class PoolInfo(google.protobuf.message.Message):
     """in pages of 2 MiB, as far as the daemon saw to it"""
     huge_refusal: builtins.str
     """why the kernel makes no such pages, or "" """
+    device: builtins.int
+    """of a pool of GPU memory"""
+    reason: builtins.str
+    """why nothing can be allocated from it, or "" """
     def __init__(
         self,
         *,
@@ -2100,8 +2326,10 @@ class PoolInfo(google.protobuf.message.Message):
         mappable: builtins.bool = ...,
         huge_nbytes: builtins.int = ...,
         huge_refusal: builtins.str = ...,
+        device: builtins.int = ...,
+        reason: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["allocations", b"allocations", "failed_allocations", b"failed_allocations", "fragmentation", b"fragmentation", "free_nbytes", b"free_nbytes", "huge_nbytes", b"huge_nbytes", "huge_refusal", b"huge_refusal", "kind", b"kind", "largest_free_nbytes", b"largest_free_nbytes", "mappable", b"mappable", "name", b"name", "nbytes", b"nbytes", "peak_used_nbytes", b"peak_used_nbytes", "used_nbytes", b"used_nbytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allocations", b"allocations", "device", b"device", "failed_allocations", b"failed_allocations", "fragmentation", b"fragmentation", "free_nbytes", b"free_nbytes", "huge_nbytes", b"huge_nbytes", "huge_refusal", b"huge_refusal", "kind", b"kind", "largest_free_nbytes", b"largest_free_nbytes", "mappable", b"mappable", "name", b"name", "nbytes", b"nbytes", "peak_used_nbytes", b"peak_used_nbytes", "reason", b"reason", "used_nbytes", b"used_nbytes"]) -> None: ...
 
 Global___PoolInfo: typing_extensions.TypeAlias = PoolInfo
 

@@ -230,6 +230,26 @@ class MemoryServiceStub(object):
                 request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListObjectsRequest.SerializeToString,
                 response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ObjectPage.FromString,
                 _registered_method=True)
+        self.RegisterDevice = channel.unary_unary(
+                '/xferd.v1.MemoryService/RegisterDevice',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegisterDeviceRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.Region.FromString,
+                _registered_method=True)
+        self.ExportDevice = channel.unary_unary(
+                '/xferd.v1.MemoryService/ExportDevice',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ExportDeviceRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeviceExport.FromString,
+                _registered_method=True)
+        self.ListDevices = channel.unary_unary(
+                '/xferd.v1.MemoryService/ListDevices',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListDevicesRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeviceList.FromString,
+                _registered_method=True)
+        self.OpenDeviceEvent = channel.unary_unary(
+                '/xferd.v1.MemoryService/OpenDeviceEvent',
+                request_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.OpenDeviceEventRequest.SerializeToString,
+                response_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeviceEvent.FromString,
+                _registered_method=True)
 
 
 class MemoryServiceServicer(object):
@@ -332,6 +352,35 @@ class MemoryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RegisterDevice(self, request, context):
+        """Registers GPU memory of the calling process by its IPC handle. (By a VMM file descriptor: the session socket.)
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportDevice(self, request, context):
+        """Says how a region of GPU memory is opened by another process: the caller's own of a pool, or one that grants access.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDevices(self, request, context):
+        """Lists the GPUs of the node, those that cannot be used among them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenDeviceEvent(self, request, context):
+        """Opens an IPC event of the calling process, for its transfers to wait for (`wait_event`); or, without a handle, makes
+        one that its transfers record at their end (`done_event`). Good until the session ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -399,6 +448,26 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.ListObjects,
                     request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListObjectsRequest.FromString,
                     response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ObjectPage.SerializeToString,
+            ),
+            'RegisterDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterDevice,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegisterDeviceRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.Region.SerializeToString,
+            ),
+            'ExportDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportDevice,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ExportDeviceRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeviceExport.SerializeToString,
+            ),
+            'ListDevices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDevices,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListDevicesRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeviceList.SerializeToString,
+            ),
+            'OpenDeviceEvent': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenDeviceEvent,
+                    request_deserializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.OpenDeviceEventRequest.FromString,
+                    response_serializer=xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeviceEvent.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -754,6 +823,114 @@ class MemoryService(object):
             '/xferd.v1.MemoryService/ListObjects',
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListObjectsRequest.SerializeToString,
             xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ObjectPage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/RegisterDevice',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.RegisterDeviceRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.Region.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/ExportDevice',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ExportDeviceRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeviceExport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDevices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/ListDevices',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.ListDevicesRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeviceList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenDeviceEvent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xferd.v1.MemoryService/OpenDeviceEvent',
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.OpenDeviceEventRequest.SerializeToString,
+            xferd_dot_api_dot_proto_dot_xferd__v1__pb2.DeviceEvent.FromString,
             options,
             channel_credentials,
             insecure,

@@ -352,7 +352,71 @@ _MemoryServiceListObjectsType = typing_extensions.TypeVar(
     ],
 )
 
-class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServiceRegisterPrivateType, _MemoryServiceRegisterFileType, _MemoryServiceFreeType, _MemoryServiceListRegionsType, _MemoryServiceListPoolsType, _MemoryServiceReadType, _MemoryServiceWriteType, _MemoryServiceHandOverType, _MemoryServiceRegisterObjectType, _MemoryServiceQueryType, _MemoryServiceDeleteObjectsType, _MemoryServiceListObjectsType]):
+_MemoryServiceRegisterDeviceType = typing_extensions.TypeVar(
+    '_MemoryServiceRegisterDeviceType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.RegisterDeviceRequest,
+        xferd.api.proto.xferd_v1_pb2.Region,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.RegisterDeviceRequest,
+        xferd.api.proto.xferd_v1_pb2.Region,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.RegisterDeviceRequest,
+        xferd.api.proto.xferd_v1_pb2.Region,
+    ],
+)
+
+_MemoryServiceExportDeviceType = typing_extensions.TypeVar(
+    '_MemoryServiceExportDeviceType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ExportDeviceRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceExport,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ExportDeviceRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceExport,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ExportDeviceRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceExport,
+    ],
+)
+
+_MemoryServiceListDevicesType = typing_extensions.TypeVar(
+    '_MemoryServiceListDevicesType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListDevicesRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListDevicesRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceList,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListDevicesRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceList,
+    ],
+)
+
+_MemoryServiceOpenDeviceEventType = typing_extensions.TypeVar(
+    '_MemoryServiceOpenDeviceEventType',
+    grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.OpenDeviceEventRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceEvent,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.OpenDeviceEventRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceEvent,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.OpenDeviceEventRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceEvent,
+    ],
+)
+
+class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServiceRegisterPrivateType, _MemoryServiceRegisterFileType, _MemoryServiceFreeType, _MemoryServiceListRegionsType, _MemoryServiceListPoolsType, _MemoryServiceReadType, _MemoryServiceWriteType, _MemoryServiceHandOverType, _MemoryServiceRegisterObjectType, _MemoryServiceQueryType, _MemoryServiceDeleteObjectsType, _MemoryServiceListObjectsType, _MemoryServiceRegisterDeviceType, _MemoryServiceExportDeviceType, _MemoryServiceListDevicesType, _MemoryServiceOpenDeviceEventType]):
     """---------------------------------------------------------------------------------------------- memory"""
 
     @typing.overload
@@ -408,6 +472,22 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
         grpc.UnaryUnaryMultiCallable[
             xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
             xferd.api.proto.xferd_v1_pb2.ObjectPage,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.RegisterDeviceRequest,
+            xferd.api.proto.xferd_v1_pb2.Region,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ExportDeviceRequest,
+            xferd.api.proto.xferd_v1_pb2.DeviceExport,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListDevicesRequest,
+            xferd.api.proto.xferd_v1_pb2.DeviceList,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.OpenDeviceEventRequest,
+            xferd.api.proto.xferd_v1_pb2.DeviceEvent,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -465,6 +545,22 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
             xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
             xferd.api.proto.xferd_v1_pb2.ObjectPage,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.RegisterDeviceRequest,
+            xferd.api.proto.xferd_v1_pb2.Region,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ExportDeviceRequest,
+            xferd.api.proto.xferd_v1_pb2.DeviceExport,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.ListDevicesRequest,
+            xferd.api.proto.xferd_v1_pb2.DeviceList,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            xferd.api.proto.xferd_v1_pb2.OpenDeviceEventRequest,
+            xferd.api.proto.xferd_v1_pb2.DeviceEvent,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Allocate: _MemoryServiceAllocateType
@@ -513,6 +609,20 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceAllocateType, _MemoryServic
 
     ListObjects: _MemoryServiceListObjectsType
     """Lists objects of a store by the beginning of their keys, a page at a time."""
+
+    RegisterDevice: _MemoryServiceRegisterDeviceType
+    """Registers GPU memory of the calling process by its IPC handle. (By a VMM file descriptor: the session socket.)"""
+
+    ExportDevice: _MemoryServiceExportDeviceType
+    """Says how a region of GPU memory is opened by another process: the caller's own of a pool, or one that grants access."""
+
+    ListDevices: _MemoryServiceListDevicesType
+    """Lists the GPUs of the node, those that cannot be used among them."""
+
+    OpenDeviceEvent: _MemoryServiceOpenDeviceEventType
+    """Opens an IPC event of the calling process, for its transfers to wait for (`wait_event`); or, without a handle, makes
+    one that its transfers record at their end (`done_event`). Good until the session ends.
+    """
 
 MemoryServiceAsyncStub: typing_extensions.TypeAlias = MemoryServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -566,6 +676,22 @@ MemoryServiceAsyncStub: typing_extensions.TypeAlias = MemoryServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         xferd.api.proto.xferd_v1_pb2.ListObjectsRequest,
         xferd.api.proto.xferd_v1_pb2.ObjectPage,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.RegisterDeviceRequest,
+        xferd.api.proto.xferd_v1_pb2.Region,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ExportDeviceRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceExport,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.ListDevicesRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceList,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        xferd.api.proto.xferd_v1_pb2.OpenDeviceEventRequest,
+        xferd.api.proto.xferd_v1_pb2.DeviceEvent,
     ],
 ]
 
@@ -683,6 +809,40 @@ class MemoryServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.ObjectPage, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.ObjectPage]]:
         """Lists objects of a store by the beginning of their keys, a page at a time."""
+
+    @abc.abstractmethod
+    def RegisterDevice(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.RegisterDeviceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.Region, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.Region]]:
+        """Registers GPU memory of the calling process by its IPC handle. (By a VMM file descriptor: the session socket.)"""
+
+    @abc.abstractmethod
+    def ExportDevice(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.ExportDeviceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.DeviceExport, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.DeviceExport]]:
+        """Says how a region of GPU memory is opened by another process: the caller's own of a pool, or one that grants access."""
+
+    @abc.abstractmethod
+    def ListDevices(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.ListDevicesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.DeviceList, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.DeviceList]]:
+        """Lists the GPUs of the node, those that cannot be used among them."""
+
+    @abc.abstractmethod
+    def OpenDeviceEvent(
+        self,
+        request: xferd.api.proto.xferd_v1_pb2.OpenDeviceEventRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[xferd.api.proto.xferd_v1_pb2.DeviceEvent, collections.abc.Awaitable[xferd.api.proto.xferd_v1_pb2.DeviceEvent]]:
+        """Opens an IPC event of the calling process, for its transfers to wait for (`wait_event`); or, without a handle, makes
+        one that its transfers record at their end (`done_event`). Good until the session ends.
+        """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 

@@ -33,6 +33,13 @@ class PoolList:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceList:
+    """GPUs of this node, those that cannot be used among them."""
+
+    devices: tuple[t.DeviceInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SessionList:
     """Live sessions of this node."""
 

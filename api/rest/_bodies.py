@@ -258,7 +258,40 @@ class ObjectBody(Body):
         )
 
 
-RegionBody = Annotated[AllocateBody | FileBody | PrivateBody | ObjectBody, Field(discriminator="kind")]
+class DeviceBody(Body):
+    """GPU memory that a process exported by an IPC handle; `nbytes` 0 reaches up to the allocation's end."""
+
+    kind: Literal["device"]
+    device_uuid: Payload
+    handle: Payload
+    allocation_nbytes: Integer
+    offset: Integer = 0
+    nbytes: Integer = 0
+    writable: bool = True
+    access: AccessName = "NONE"
+    label: str = ""
+
+    def to_request(self) -> t.RegisterDeviceRequest:
+        """Return the request of the contract."""
+        return t.RegisterDeviceRequest(
+            self.device_uuid,
+            self.allocation_nbytes,
+            self.handle,
+            self.offset,
+            self.nbytes,
+            t.Access[self.access],
+            self.label,
+            self.writable,
+        )
+
+
+RegionBody = Annotated[AllocateBody | FileBody | PrivateBody | ObjectBody | DeviceBody, Field(discriminator="kind")]
+
+
+class EventBody(Body):
+    """The IPC handle of an event of the caller's; without one, an event is made."""
+
+    handle: Payload = b""
 
 
 class ItemBody(Body):
@@ -361,6 +394,8 @@ class TransferBody(Body):
     notification: NotificationBody | None = None
     backend: str = ""
     verify: bool = False
+    wait_event: Integer = 0
+    done_event: Integer = 0
 
     def to_request(self, max_descriptors: int, *, hold: bool = False) -> t.TransferRequest:
         """Return the request of the contract; raises as ``DescriptorsBody.to_spec`` does."""
@@ -375,6 +410,8 @@ class TransferBody(Body):
             notification=self.notification.to_notification() if self.notification else None,
             backend=self.backend,
             verify=self.verify,
+            wait_event=self.wait_event,
+            done_event=self.done_event,
             hold=hold,
         )
 

@@ -10,8 +10,7 @@ from aiohttp import web
 
 from xferd.api import types as t
 from xferd.api.errors import NotFound, OutOfBounds, PermissionDenied, ShortTransfer, XferdError
-from xferd.api.rest import _answers as a
-from xferd.api.rest import _bodies as b
+from xferd.api.rest import _answers as a, _bodies as b
 from xferd.api.rest._route import OCTETS, Call
 
 if TYPE_CHECKING:
@@ -56,9 +55,9 @@ async def list_regions(call: Call[b.RegionsQuery, None]) -> t.RegionListing:
 
 
 async def create_regions(
-    call: Call[None, b.AllocateBody | b.FileBody | b.PrivateBody | b.ObjectBody],
+    call: Call[None, b.AllocateBody | b.FileBody | b.PrivateBody | b.ObjectBody | b.DeviceBody],
 ) -> t.RegionListing:
-    """Allocate a group of regions from a pool, or register a file or an object.
+    """Allocate a group of regions from a pool, or register a file, an object or exported GPU memory.
 
     The body's `kind` says which. Private memory cannot be registered by a session that was opened over HTTP, because
     HTTP does not tell the daemon which process calls.
@@ -70,9 +69,24 @@ async def create_regions(
         region = await call.engine.register_file(call.caller, body.to_request())
     elif isinstance(body, b.ObjectBody):
         region = await call.engine.register_object(call.caller, body.to_request())
+    elif isinstance(body, b.DeviceBody):
+        region = await call.engine.register_device(call.caller, body.to_request())
     else:
         region = await call.engine.register_private(call.caller, body.to_request())
     return t.RegionListing(region.node, region.epoch, (region,))
+
+
+async def export_region(call: Call[None, None]) -> t.DeviceHandle:
+    """Say how another process opens the GPU memory of a region, and where in the allocation it is."""
+    return await call.engine.export_device(call.caller, call.region())
+
+
+async def open_event(call: Call[None, b.EventBody]) -> t.DeviceEvent:
+    """Open a GPU event of the caller for its transfers to wait for; or, without a handle, make one that they record.
+
+    It is good until the session ends; transfers name it as `wait_event` or `done_event`.
+    """
+    return await call.engine.open_device_event(call.caller, call.device(), call.body.handle)
 
 
 async def get_region(call: Call[None, None]) -> t.RegionInfo:

@@ -7,8 +7,7 @@ import json
 from aiohttp import web
 
 from xferd.api import types as t
-from xferd.api.rest import _answers as a
-from xferd.api.rest import _bodies as b
+from xferd.api.rest import _answers as a, _bodies as b
 from xferd.api.rest._route import JSON, OCTETS, TEXT, Call
 from xferd.api.rest._shapes import shape_of
 
@@ -60,6 +59,11 @@ async def get_config(call: Call[None, None]) -> a.ConfigDocument | web.Response:
 async def list_pools(call: Call[None, None]) -> a.PoolList:
     """List pools with their statistics."""
     return a.PoolList(tuple(call.engine.pools()))
+
+
+async def list_devices(call: Call[None, None]) -> a.DeviceList:
+    """List the GPUs, with what their workers did; the reason says why one cannot be used."""
+    return a.DeviceList(tuple(call.engine.devices()))
 
 
 async def list_backends(call: Call[None, None]) -> a.BackendList:

@@ -80,6 +80,10 @@ class Call(Generic[Q, B]):
         """Return the region id in the path. Raises ``InvalidArgument`` if it is no number."""
         return RegionId(self._number("id"))
 
+    def device(self) -> int:
+        """Return the GPU's number in the path. Raises ``InvalidArgument`` if it is no number."""
+        return self._number("index")
+
     def handle(self) -> PreparedHandle:
         """Return the prepared list's handle in the path. Raises ``InvalidArgument`` if it is no number."""
         return PreparedHandle(self._number("handle"))

@@ -7,14 +7,15 @@ import json
 
 from aiohttp import web
 
-from xferd.api import errors as e
-from xferd.api import types as t
-from xferd.api.rest import _answers as a
-from xferd.api.rest import _bodies as b
-from xferd.api.rest import _events as events
-from xferd.api.rest import _memory as memory
-from xferd.api.rest import _node as node
-from xferd.api.rest import _transfers as transfers
+from xferd.api import errors as e, types as t
+from xferd.api.rest import (
+    _answers as a,
+    _bodies as b,
+    _events as events,
+    _memory as memory,
+    _node as node,
+    _transfers as transfers,
+)
 from xferd.api.rest._openapi import document
 from xferd.api.rest._route import EVENTS, JSON, OCTETS, TEXT, Answer, Auth, Call, Route
 
@@ -45,6 +46,7 @@ _LIST_ERRORS = (e.InvalidDescriptor, e.OutOfBounds, e.NotFound, e.Stale, e.Permi
 _PLAN_ERRORS = (*_LIST_ERRORS, e.SizeMismatch, e.NoRoute, e.PeerUnknown, e.PeerLost)
 _QUERY_ERRORS = (e.LimitExceeded,)
 _STORE_ERRORS = (e.NotFound, e.PermissionDenied, e.Unauthenticated, e.LimitExceeded, e.Unsupported, e.MoveFailed)
+_DEVICE_ERRORS = (e.Unsupported, e.Unavailable, e.DeviceLost)
 _SPAN_ERRORS = (e.NotFound, e.Stale, e.PermissionDenied, e.OutOfBounds)
 
 ROUTES: tuple[Route, ...] = (
@@ -58,6 +60,17 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/node", node.get_node, EITHER, Answer(t.NodeStatus)),
     Route("GET", "/v1/config", node.get_config, ADMIN, Answer(a.ConfigDocument, alternative=TEXT)),
     Route("GET", "/v1/pools", node.list_pools, EITHER, Answer(a.PoolList)),
+    Route("GET", "/v1/devices", node.list_devices, EITHER, Answer(a.DeviceList)),
+    Route(
+        "POST",
+        "/v1/devices/{index}/events",
+        memory.open_event,
+        SESSION,
+        Answer(t.DeviceEvent, 201),
+        body=b.EventBody,
+        optional_body=True,
+        errors=(*_DEVICE_ERRORS, e.NotFound, e.LimitExceeded),
+    ),
     Route("GET", "/v1/backends", node.list_backends, EITHER, Answer(a.BackendList)),
     Route("GET", "/v1/storage", node.get_storage, ADMIN, Answer(a.StorageReport)),
     Route(
@@ -97,7 +110,7 @@ ROUTES: tuple[Route, ...] = (
         SESSION,
         Answer(t.RegionListing, 201),
         body=b.RegionBody,
-        errors=(e.PoolExhausted, e.LimitExceeded, e.PermissionDenied, e.NotFound, e.Unsupported, e.Unavailable),
+        errors=(e.PoolExhausted, e.LimitExceeded, e.PermissionDenied, e.NotFound, e.OutOfBounds, *_DEVICE_ERRORS),
     ),
     Route(
         "POST",
@@ -116,6 +129,14 @@ ROUTES: tuple[Route, ...] = (
             e.LimitExceeded,
             e.Unsupported,
         ),
+    ),
+    Route(
+        "GET",
+        "/v1/regions/{id}/export",
+        memory.export_region,
+        SESSION,
+        Answer(t.DeviceHandle),
+        errors=(e.NotFound, e.Stale, e.PermissionDenied, e.Unsupported),
     ),
     Route("GET", "/v1/regions/{id}", memory.get_region, EITHER, Answer(t.RegionInfo), errors=(e.NotFound, e.Stale)),
     Route(

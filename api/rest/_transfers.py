@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from xferd.api.rest import _answers as a
-from xferd.api.rest import _bodies as b
+from xferd.api.rest import _answers as a, _bodies as b
 from xferd.api.rest._route import SLICE_S, Call
 
 if TYPE_CHECKING:

@@ -14,9 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import InvalidArgument, XferdError
-from xferd.clients.bench import _documents as documents
-from xferd.clients.bench import _plot as plots
-from xferd.clients.bench import profile
+from xferd.clients.bench import _documents as documents, _plot as plots, profile
 from xferd.clients.bench._coordination import Coordinator
 from xferd.clients.bench._coordination_plan import cases_together
 from xferd.clients.bench._coordination_run import run_coordinated
@@ -27,7 +25,7 @@ from xferd.clients.bench._rows import make_rows
 from xferd.clients.bench._schedule import measure
 from xferd.clients.bench._systems import missing, names_for, systems_for
 from xferd.clients.bench._tables import progress, show, tables
-from xferd.clients.demo.workers import WorkerFailed
+from xferd.clients.workers import WorkerFailed
 
 if TYPE_CHECKING:
     import argparse
@@ -99,7 +97,9 @@ def _run(options: argparse.Namespace) -> int:
     names = names_for(options.against)
     if options.rate and any(is_peer(name) for name in names):
         raise InvalidArgument("--rate beside a peer", remedy="peers are measured in a closed loop: leave one out")
-    rows, record = run(cases, systems_for(cases, names), pace_of(options), seed=options.seed)
+    rows, record = run(
+        cases, systems_for(cases, names, options.store, options.set), pace_of(options), seed=options.seed
+    )
     if not rows:
         raise InvalidArgument("none of these cases could be run", remedy="see the reasons above")
     return report(rows, record, options)
@@ -129,6 +129,8 @@ def report(rows: Sequence[Row], record: Mapping[str, object], options: argparse.
         show(tables(rows), sys.stdout)
         lines = [*documents.findings(rows), *documents.peer_settings(record)]
         sys.stdout.write("".join(f"{line}\n" for line in lines))
+    if options.save is not None:
+        documents.write_json(rows, record, options.save)
     if options.csv is not None:
         documents.write_csv(rows, options.csv)
     if options.plot is not None:

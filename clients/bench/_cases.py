@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass
 
 from xferd.api.units import format_nbytes
+from xferd.clients.bench import _kinds as kinds
 
 
 class Place(enum.Enum):
@@ -21,10 +22,10 @@ class Place(enum.Enum):
     LIMIT = "limit"  # what the machine can do without a daemon
 
 
-HOST_KINDS = ("DRAM", "MEMFD", "PRIVATE")
-"""Memory of the host: a pool's, a client's memfd, a client's own. Systems without a daemon know the last alone."""
+HOST_KINDS = tuple(kind.name for kind in kinds.KINDS.values() if kind.is_host)
+"""Memory of the host. Systems without a daemon know one kind of it alone."""
 
-KINDS = (*HOST_KINDS, "FILE", "OBJECT", "VRAM")
+KINDS = tuple(kinds.KINDS)
 SCHEMES = ("pairwise", "many-to-one", "one-to-many", "all-to-all")
 PREPARED = ("transfer", "lists", "no")
 CONTROLS = ("ring", "grpc")

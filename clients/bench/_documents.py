@@ -25,6 +25,18 @@ def document(rows: Sequence[Row], environment: Mapping[str, object]) -> dict[str
     return {"environment": dict(environment), "rows": [row.document() for row in rows]}
 
 
+def write_json(rows: Sequence[Row], environment: Mapping[str, object], path: Path) -> None:
+    """Write what ``--json`` prints into a file.
+
+    Raises:
+        InvalidArgument: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(document(rows, environment), indent=2) + "\n")
+    except OSError as exc:
+        raise InvalidArgument(f"{path} cannot be written: {exc.strerror}", remedy="choose another file") from exc
+
+
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write a line for each row; each ratio has a column of its own, ``x NAME``.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from xferd.clients.bench._cases import MIB, Case, Place
+from xferd.clients.bench._kinds import kind_of, region_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,8 +98,9 @@ def partner_of(number: int) -> Member:
 
 
 def kinds_of(case: Case) -> tuple[str, str]:
-    """Return the memory kinds of (initiators, partners)."""
-    return (case.dst, case.src) if case.op == "READ" else (case.src, case.dst)
+    """Return the names of the regions of (initiators, partners) in their processes: kinds, for most of them."""
+    names = (case.dst, case.src) if case.op == "READ" else (case.src, case.dst)
+    return region_name(names[0], case.nbytes), region_name(names[1], case.nbytes)
 
 
 def needs_of(case: Case) -> dict[Need, int]:
@@ -120,7 +122,8 @@ def regions_for(cases: Sequence[Case]) -> dict[Need, int]:
         needs = needs_of(case)
         most = min(MAX_REGION_NBYTES, MAX_TOTAL_NBYTES // len(needs))
         for need, nbytes in needs.items():
-            scattered = nbytes if nbytes == case.block_nbytes else min(SCATTER * nbytes, most)
+            is_exact = nbytes == case.block_nbytes or kind_of(need.kind).is_whole
+            scattered = nbytes if is_exact else min(SCATTER * nbytes, most)
             found[need] = max(found[need], _pages(max(nbytes, scattered)))
         if case.load:
             found |= dict.fromkeys(load_needs(case), LOAD_REGION_NBYTES)

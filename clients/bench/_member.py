@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Self
 
 from xferd.api.types import Priority, TransferOp
 from xferd.clients.bench._attach import attach
+from xferd.clients.bench._kinds import kind_of
 from xferd.clients.bench._load import Load
-from xferd.clients.bench._member_memory import Owned, make_region
 from xferd.clients.bench._pace import threaded
 from xferd.clients.bench._requests import Lists, Move, make_request
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from xferd.api.types import RegionInfo
+    from xferd.clients.bench._owned import Owned
     from xferd.clients.bench._pace import Pace, Ran
     from xferd.clients.bench._patterns import Arrival, Rows
     from xferd.clients.bench._probes import Sample
@@ -70,20 +71,26 @@ class MemberProcess:
 
     def make(self, kind: str, nbytes: int) -> RegionInfo:
         """Make this process's region of a kind."""
-        self._owned[kind] = make_region(self._client("grpc"), kind, nbytes)
+        self._owned[kind] = kind_of(kind).make(self._client("grpc"), nbytes)
         return self._owned[kind].region.info
 
     def stamp(self, kind: str, block_nbytes: int, rows: Rows, visit: int, source: int) -> None:
         """Write a visit's pattern into blocks."""
-        self._owned[kind].blocks(block_nbytes).stamp(rows, visit, source)
+        owned = self._owned[kind]
+        owned.blocks(block_nbytes).stamp(rows, visit, source)
+        owned.push()
 
     def clear(self, kind: str, block_nbytes: int) -> None:
         """Fill the region with zeros."""
-        self._owned[kind].blocks(block_nbytes).clear()
+        owned = self._owned[kind]
+        owned.blocks(block_nbytes).clear()
+        owned.push()
 
     def fault(self, kind: str, block_nbytes: int, arrivals: Sequence[Arrival], visit: int) -> str:
         """Return what is wrong with the bytes of the region, "" if nothing is."""
-        return str(self._owned[kind].blocks(block_nbytes).fault_of(arrivals, visit) or "")
+        owned = self._owned[kind]
+        owned.pull()
+        return str(owned.blocks(block_nbytes).fault_of(arrivals, visit) or "")
 
     def get_ready(self, task: Task) -> None:
         """Make the requests of a visit, letting go of those before."""

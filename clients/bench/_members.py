@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from xferd.clients.bench._member import MemberProcess
-from xferd.clients.demo.workers import Worker
+from xferd.clients.workers import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, TypeVar
 from xferd.api.errors import InvalidArgument
 from xferd.api.units import parse_seconds
 from xferd.clients.bench import _sweeps as sweeps
+from xferd.clients.bench._cases import KINDS
 from xferd.clients.bench._coordination_plan import add_options as add_coordination
 from xferd.clients.bench._models import model_shape
 from xferd.clients.bench._pace import Pace
 from xferd.clients.bench._standard import choose, named_cases, standard_cases, with_references
+from xferd.clients.bench._store import Store
 from xferd.clients.bench._sweeps import Sweep
 from xferd.clients.bench._systems import NAMES
 
@@ -72,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     _add_cases(made.add_argument_group("cases"))
     _add_sweep(made.add_argument_group("sweeps", "each takes a comma list; together they make a product"))
     _add_pace(made.add_argument_group("how long, and beside whom"))
+    _add_daemons(made.add_argument_group("daemons"))
     _add_output(made.add_argument_group("results"))
     coordination = "start one xferbench beside the daemon of each machine, with the same options; the first prints"
     add_coordination(made.add_argument_group("several machines", coordination))
@@ -86,7 +89,7 @@ def _add_cases(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="PATTERN",
         help="named cases that have this in their name (wildcards allowed), and what they are compared with; "
-        "also the scenarios fairness, clients and small",
+        "also the scenarios fairness, clients, small, files and objects, and standard for the standard cases",
     )
     group.add_argument("--list", action="store_true", help="list the cases and end")
 
@@ -102,7 +105,7 @@ def _add_sweep(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch", type=_read(sweeps.counts), metavar="N", help="blocks a request (1024)")
     group.add_argument("--op", type=_read(sweeps.ops), help="READ, WRITE (WRITE)")
     group.add_argument("--place", type=_read(sweeps.places), help="local, tcp (local)")
-    group.add_argument("--src", type=_read(sweeps.kinds), metavar="KIND", help="DRAM, MEMFD, PRIVATE, FILE (DRAM)")
+    group.add_argument("--src", type=_read(sweeps.kinds), metavar="KIND", help=f"{', '.join(KINDS)} (DRAM)")
     group.add_argument("--dst", type=_read(sweeps.kinds), metavar="KIND", help="as --src")
     group.add_argument("--scheme", type=_read(sweeps.schemes), help="pairwise, many-to-one, one-to-many, all-to-all")
     group.add_argument("--clients", type=_read(sweeps.clients), metavar="N", help="processes on the many side (1)")
@@ -133,6 +136,18 @@ def _add_pace(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_daemons(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--store",
+        type=_read(Store.parse),
+        metavar="SETTINGS",
+        help="where objects are, as url=s3://BUCKET,endpoint=http://HOST:PORT,...; else a small server is started",
+    )
+    group.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the daemons, as of xferd serve"
+    )
+
+
 def add_documents(group: argparse._ActionsContainer) -> None:
     """Add where results go that every command of the benchmark knows."""
     group.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
@@ -148,6 +163,7 @@ def add_documents(group: argparse._ActionsContainer) -> None:
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
     add_documents(group)
+    group.add_argument("--save", type=Path, metavar="FILE", help="write the JSON document into a file, beside all else")
     group.add_argument("--csv", type=Path, metavar="FILE", help="write rows as CSV")
     group.add_argument("--plot", type=Path, metavar="FILE", help="draw into an .svg or .png (needs matplotlib)")
 

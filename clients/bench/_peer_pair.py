@@ -179,6 +179,12 @@ class Pair:
         with self.awake():
             self.initiator.ask({"verb": "begin", **work}, near, far)
 
+    def copy(self, verb: str) -> None:
+        """Have both bring the copies of memory of a GPU there ("push") or back ("pull"); that of the host has none."""
+        with self.awake():
+            for process in (self.initiator, self.target):
+                process.ask({"verb": verb})
+
     def run(self, least: int, most: int, seconds: float) -> wire.Timings:
         """Have requests made and timed, one after the other; returns their parts, a row each. Both must be awake."""
         verb = {"verb": "run", "least": least, "most": most, "seconds": seconds}

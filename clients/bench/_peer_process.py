@@ -92,18 +92,22 @@ class Nixl(Driver):
         api = import_module(f"{options['module']}._api")
         config = api.nixl_agent_config(backends=["UCX"], **options["agent"])
         self._agent = api.nixl_agent(options["role"], config)
-        self._agent.register_memory([(address, nbytes, 0, "")], "DRAM")
+        self._kind = options.get("kind", "DRAM")
+        self._agent.register_memory([(address, nbytes, 0, "")], self._kind)
+        self._far_kind = "DRAM"
         self._held: list[Any] = []  # handles of this visit's work: released when the next begins
         self._peer, self._far_address, self._far_nbytes = "", 0, 0
 
     def invitation(self) -> dict[str, Any]:
         """Return the agent's metadata and where its memory is."""
-        return {"address": self.address, "nbytes": self.nbytes, "metadata": self._agent.get_agent_metadata().hex()}
+        agent = self._agent.get_agent_metadata().hex()
+        return {"address": self.address, "nbytes": self.nbytes, "kind": self._kind, "metadata": agent}
 
     def connect(self, invitation: dict[str, Any]) -> None:
         """Load the other agent's metadata, and connect before the first request does."""
         self._peer = _text(self._agent.add_remote_agent(bytes.fromhex(invitation["metadata"])))
         self._far_address, self._far_nbytes = invitation["address"], invitation["nbytes"]
+        self._far_kind = invitation["kind"]
         self._agent.make_connection(self._peer)
 
     def begin(self, work: Work) -> Callable[[], Moments]:
@@ -119,24 +123,28 @@ class Nixl(Driver):
         return lambda: self._made_and_posted(lambda: self._make(work))
 
     def _with_lists(self, work: Work) -> Callable[[], Moments]:
-        near = self._prepare("NIXL_INIT_AGENT", self.address, self.nbytes, work.block_nbytes)
-        far = self._prepare(self._peer, self._far_address, self._far_nbytes, work.block_nbytes)
+        size = work.block_nbytes
+        near = self._prepare("NIXL_INIT_AGENT", self._kind, self.address, self.nbytes, size)
+        far = self._prepare(self._peer, self._far_kind, self._far_address, self._far_nbytes, size)
         self._held += [near, far]
         make = self._agent.make_prepped_xfer
         # The index arrays are part of the request, as they are with xferd; int32 is what NIXL takes without a copy.
         indices = work.near.astype(np.int32), work.far.astype(np.int32)
         return lambda: self._made_and_posted(lambda: make(work.op, near, indices[0], far, indices[1]))
 
-    def _prepare(self, agent: str, address: int, nbytes: int, block_nbytes: int) -> Any:
+    def _prepare(self, agent: str, kind: str, address: int, nbytes: int, block_nbytes: int) -> Any:
         """Prepare all blocks of one side; the strided form is the fastest to build."""
         every = np.array([[address, block_nbytes, 0, block_nbytes, nbytes // block_nbytes]], np.uint64)
-        return self._agent.prep_xfer_dlist(agent, every, "DRAM")
+        return self._agent.prep_xfer_dlist(agent, every, kind)
 
     def _make(self, work: Work) -> Any:
         """Build both lists from block numbers, and a transfer from them."""
         sides = [
-            self._agent.get_xfer_descs(descriptors(address, rows, work.block_nbytes), "DRAM")
-            for address, rows in ((self.address, work.near), (self._far_address, work.far))
+            self._agent.get_xfer_descs(descriptors(address, rows, work.block_nbytes), kind)
+            for kind, address, rows in (
+                (self._kind, self.address, work.near),
+                (self._far_kind, self._far_address, work.far),
+            )
         ]
         return self._agent.initialize_xfer(work.op, *sides, self._peer)
 
@@ -163,6 +171,36 @@ class Nixl(Driver):
         if state != "DONE":
             raise RuntimeError(f"a transfer ended as {state}")
         return posted, time.perf_counter()
+
+
+class NixlPosix(Nixl):
+    """An agent with the backend POSIX: what the target has mapped is a file, which the initiator opens and moves."""
+
+    def __init__(self, address: int, nbytes: int, options: dict[str, Any]) -> None:
+        Driver.__init__(self, address, nbytes, options)
+        self._held = []
+        self._fd = -1
+        if options["role"] == "target":  # it lends the file, and does nothing
+            return
+        api = import_module(f"{options['module']}._api")
+        self._agent = api.nixl_agent("files", api.nixl_agent_config(backends=[]))
+        self._agent.create_backend("POSIX", options["backend"])
+        self._agent.register_memory([(address, nbytes, 0, "")], "DRAM")
+
+    def invitation(self) -> dict[str, Any]:
+        """Return where the file can be opened."""
+        return {"path": f"/proc/{os.getpid()}/fd/{self.options['memory_fd']}", "nbytes": self.nbytes}
+
+    def connect(self, invitation: dict[str, Any]) -> None:
+        """Open the file and register it."""
+        self._fd = os.open(invitation["path"], os.O_RDWR)
+        self._agent.register_memory([(0, invitation["nbytes"], self._fd, "")], "FILE")
+
+    def _make(self, work: Work) -> Any:
+        near = self._agent.get_xfer_descs(descriptors(self.address, work.near, work.block_nbytes), "DRAM")
+        table = descriptors(0, work.far, work.block_nbytes)
+        table[:, 2] = self._fd
+        return self._agent.initialize_xfer(work.op, near, self._agent.get_xfer_descs(table, "FILE"), "files")
 
 
 class Mooncake(Driver):
@@ -206,7 +244,27 @@ class Mooncake(Driver):
         return request
 
 
-DRIVERS: dict[str, type[Driver]] = {"nixl": Nixl, "mooncake": Mooncake}
+class OnDevice:
+    """Memory of a GPU, by cupy, of which the memory that the benchmark stamps and looks at is a copy."""
+
+    def __init__(self, host: NDArray[np.uint8]) -> None:
+        self._cupy: Any = import_module("cupy")
+        self._host = host
+        self._array: Any = self._cupy.zeros(len(host), np.uint8)
+        self.address = int(self._array.data.ptr)
+
+    def push(self) -> None:
+        """Bring the copy to the GPU."""
+        self._array.set(self._host)
+        self._cupy.cuda.Device().synchronize()
+
+    def pull(self) -> None:
+        """Bring what is on the GPU into the copy."""
+        self._array.get(out=self._host)
+        self._cupy.cuda.Device().synchronize()
+
+
+DRIVERS: dict[str, type[Driver]] = {"nixl": Nixl, "nixl-posix": NixlPosix, "mooncake": Mooncake}
 
 
 def descriptors(address: int, rows: Rows, block_nbytes: int) -> NDArray[np.uint64]:
@@ -226,7 +284,7 @@ def timed(request: Callable[[], Moments], least: int, most: int, seconds: float)
     return np.diff(np.array(moments), axis=1)
 
 
-def serve(connection: Connection, driver: Driver) -> None:
+def serve(connection: Connection, driver: Driver, device: OnDevice | None = None) -> None:
     """Answer until the other side closes the connection."""
     send(connection, driver.invitation())
     request: Callable[[], Moments] | None = None
@@ -242,6 +300,10 @@ def serve(connection: Connection, driver: Driver) -> None:
             case "begin":
                 request = driver.begin(Work(message["op"], message["block_nbytes"], message["prepared"], *arrays))
                 send(connection, {})
+            case "push" | "pull" as verb:
+                if device is not None:
+                    getattr(device, verb)()
+                send(connection, {})
             case "run":
                 assert request is not None
                 send(connection, {}, timed(request, message["least"], message["most"], message["seconds"]))
@@ -252,11 +314,13 @@ def main(arguments: list[str]) -> None:
     # A stopped process would not see that the benchmark has gone, and its connection with it.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(int(arguments[0]))
-    memory_fd, options = int(arguments[1]), json.loads(arguments[2])
+    memory_fd, options = int(arguments[1]), json.loads(arguments[2]) | {"memory_fd": int(arguments[1])}
     # Page tables are filled now, so that no request pays for them.
     memory = mmap.mmap(memory_fd, options["nbytes"], flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    address = np.frombuffer(memory, np.uint8).ctypes.data
-    serve(connection, DRIVERS[options["driver"]](address, options["nbytes"], options))
+    host = np.frombuffer(memory, np.uint8)
+    device = OnDevice(host) if options.get("kind") == "VRAM" else None
+    address = host.ctypes.data if device is None else device.address
+    serve(connection, DRIVERS[options["driver"]](address, options["nbytes"], options), device)
 
 
 def _must(status: int, what: str) -> None:

@@ -49,7 +49,7 @@ class Peer(System):
     def __init__(self, region_nbytes: int) -> None:
         self._region_nbytes = region_nbytes
         self._stack = ExitStack()
-        self._pairs: dict[Place, Pair] = {}
+        self._pairs: dict[tuple[Place, tuple[str, str]], Pair] = {}
         self._memory: tuple[tuple[int, int], tuple[ByteArray, ByteArray]] | None = None
 
     @classmethod
@@ -85,14 +85,20 @@ class Peer(System):
         if self._memory is None:
             self._memory = self._make_memory()
         fds, spans = self._memory
-        if case.place not in self._pairs:
+        kinds = self.kinds(case)
+        if (case.place, kinds) not in self._pairs:
             sizes = {"driver": self.driver, "nbytes": self._region_nbytes}
             initiator, target = (
-                {**sizes, "role": role, **self.options(case.place, role)} for role in ("initiator", "target")
+                {**sizes, "role": role, "kind": kind, **self.options(case.place, role)}
+                for role, kind in zip(("initiator", "target"), kinds, strict=True)
             )
             pair = Pair(self.name, fds, (initiator, target), self.environ(case.place), self.answer_timeout_s)
-            self._pairs[case.place] = self._stack.enter_context(pair)
-        return PeerProbe(self.name, case, self._pairs[case.place], *spans)
+            self._pairs[case.place, kinds] = self._stack.enter_context(pair)
+        return PeerProbe(self.name, case, self._pairs[case.place, kinds], *spans)
+
+    def kinds(self, case: Case) -> tuple[str, str]:
+        """Return the memory kinds of (initiator, target)."""
+        return "DRAM", "DRAM"
 
     def settings(self) -> dict[str, object]:
         """Return the version, and for each place the environment and options of both processes."""
@@ -113,13 +119,20 @@ class Peer(System):
     def _make_memory(self) -> tuple[tuple[int, int], tuple[ByteArray, ByteArray]]:
         """Return memfds and their mappings, for the initiator and for the target; the fds end with the system."""
         made = []
-        for side in ("near", "far"):
-            fd, span = make_memfd(self._region_nbytes, f"{self.name}-{side}")
+        for fd, span in (self._make_near(), self._make_far()):
             self._stack.callback(os.close, fd)
             span[:] = 1  # present, before anybody maps it
             made.append((fd, span))
         (near_fd, near), (far_fd, far) = made
         return (near_fd, far_fd), (near, far)
+
+    def _make_near(self) -> tuple[int, ByteArray]:
+        """Return the initiator's memory: a descriptor, which is the caller's, and a mapping."""
+        return make_memfd(self._region_nbytes, f"{self.name}-near")
+
+    def _make_far(self) -> tuple[int, ByteArray]:
+        """Return the target's memory, likewise."""
+        return make_memfd(self._region_nbytes, f"{self.name}-far")
 
     def _missing(self) -> str:
         return f"{self.name} is not installed: pip install 'xferd[peers]'"
@@ -146,6 +159,7 @@ class PeerProbe(Probe):
         self._target_rows = rng.permutation(self._target.count)[: self.case.batch]
         self._source.stamp(self._source_rows, visit)
         self._target.clear()
+        self._pair.copy("push")
         sides = self._source_rows, self._target_rows
         work = {"op": self.case.op, "block_nbytes": self.case.block_nbytes, "prepared": self.case.prepared}
         self._pair.begin(work, *(sides if self.case.op == "WRITE" else sides[::-1]))
@@ -166,6 +180,7 @@ class PeerProbe(Probe):
 
     def verify(self) -> str:
         """Compare with the pattern."""
+        self._pair.copy("pull")
         return str(self._target.fault(self._target_rows, self._source_rows, self._visit) or "")
 
     def cpu_s(self) -> tuple[float, float]:

@@ -72,14 +72,14 @@ def make_plan(cases: Sequence[Case], systems: Sequence[System]) -> Plan:
 
 
 def is_peer(name: str) -> bool:
-    """Say whether a system is another transfer engine, and neither xferd nor a limit of the machine."""
+    """Say whether a system runs xferd's cases, and is neither xferd nor has cases of its own."""
     return name not in (OWN, "memcpy", "iperf3")
 
 
 def _stand_in(peer: System, case: Case) -> Case | str:
     """Return the case as a peer runs it: prepared in the same way, or in its own best; or why it does not."""
-    if not case.is_alone or case.load or case.order != "random":
-        return "it is run by one pair of processes, one request at a time, with blocks at random"
+    if not case.is_alone or case.load or case.order not in peer.orders:
+        return f"it is run one request at a time, with {' or '.join(peer.orders)} blocks"
     seen = dataclasses.replace(case.for_peer(), scenario="")
     ways = dict.fromkeys((case.prepared, *PREPARED))
     twins = [dataclasses.replace(seen, prepared=way) for way in ways]

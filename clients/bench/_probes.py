@@ -86,6 +86,9 @@ class System(abc.ABC):
 
     name: ClassVar[str]
 
+    orders: ClassVar[tuple[str, ...]] = ("random",)
+    """Orders of blocks that it knows, where it stands beside xferd."""
+
     @abc.abstractmethod
     def refusal(self, case: Case) -> str:
         """Return why this system cannot run a case, "" if it can."""

@@ -1,4 +1,4 @@
-"""Where the time of one small transfer goes: stamps in the client and in the daemon, put side by side.
+"""Where the time of one prepared transfer goes: stamps in the client and in the daemon, put side by side.
 
 The daemon runs with stamps on a few of its functions (``_stamped_daemon.py``), the client with stamps on its own end.
 A stage is the time from one stamp to the next; medians of stages need not add up to the median of the whole.
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 Stamp = tuple[str, int]
 
-BLOCK_NBYTES = 4096
+SMALL_NBYTES, LARGE_NBYTES = 4096, 4 << 20
+POOL_NBYTES = 4 * LARGE_NBYTES
 WARM_UP, BATCH = 50, 250
 WAIT_S = 30.0
 
@@ -39,6 +40,16 @@ RING_POINTS = (
     "awake=xferd.daemon.rings.ring:Ring._on_doorbell:enter",
     "posting=xferd.daemon.engine.desk:TransferDesk._post:enter",
     "copy=xferd.daemon.engine.runner:Runner.quick:call",
+    "told=xferd.daemon.rings.ring:Ring._tell:enter",
+)
+THREADS_POINTS = (
+    "awake=xferd.daemon.rings.ring:Ring._on_doorbell:enter",
+    "posting=xferd.daemon.engine.desk:TransferDesk._post:enter",
+    "begin=xferd.plugins.local.backend:LocalBackend.begin:enter",
+    "given=xferd.plugins.local.backend:LocalBackend.begin:exit",
+    "copy=xferd.plugins.movers:Batch.perform_next:enter",
+    "copied=xferd.plugins.movers:MoverPool._report:enter",
+    "back=xferd.plugins.movers:MoverPool._collect:enter",
     "told=xferd.daemon.rings.ring:Ring._tell:enter",
 )
 GRPC_POINTS = (
@@ -69,6 +80,16 @@ RING_STAGES = (
     Stage("seen", "both", "write the completion, signal; the client wakes up, or still looks, and takes it"),
     Stage("end", "client", "put the status together and return"),
 )
+THREADS_STAGES = (
+    *RING_STAGES[:3],
+    Stage("begin", "daemon", "check state and rights, hold the regions, take a slot, arm the deadline"),
+    Stage("given", "daemon", "give the chunk to the mover threads"),
+    Stage("copy", "daemon", "the first thread wakes up"),
+    Stage("copied", "daemon", "copy 4 MiB"),
+    Stage("back", "daemon", "the event loop wakes up"),
+    Stage("told", "daemon", "end the chunk and the transfer: cost, state, holds, metrics"),
+    *RING_STAGES[-2:],
+)
 GRPC_STAGES = (
     Stage("sent", "client", "build the request"),
     Stage("awake", "both", "gRPC: serialize, send, wake the daemon, parse, start the handler"),
@@ -82,33 +103,50 @@ GRPC_STAGES = (
 
 
 @dataclass(frozen=True, slots=True)
+class Subject:
+    """What is profiled: by which control plane, of how many bytes, with which stamps in the daemon."""
+
+    control: str
+    nbytes: int
+    points: tuple[str, ...]
+    stages: tuple[Stage, ...]
+
+
+SUBJECTS = {
+    "ring": Subject("ring", SMALL_NBYTES, RING_POINTS, RING_STAGES),
+    "threads": Subject("ring", LARGE_NBYTES, THREADS_POINTS, THREADS_STAGES),
+    "grpc": Subject("grpc", SMALL_NBYTES, GRPC_POINTS, GRPC_STAGES),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
-    """Of one control plane; times in microseconds.
+    """Of one subject; times in microseconds.
 
     Attributes:
-        control: "ring" or "grpc".
+        subject: its name in ``SUBJECTS``.
         stages: with the median of each, and None where its stamp was not found.
         p50_us: of a whole request, with stamps.
         plain_p50_us: of a whole request, without stamps in the daemon.
         requests: measured.
     """
 
-    control: str
+    subject: str
     stages: tuple[tuple[Stage, float | None], ...]
     p50_us: float
     plain_p50_us: float
     requests: int
 
 
-def profile(control: str, requests: int) -> Profile:
-    """Measure one prepared 4 KiB transfer on one node, again and again, without and with stamps.
+def profile(name: str, requests: int) -> Profile:
+    """Measure one prepared transfer on one node, again and again, without and with stamps.
 
     Raises:
         InternalError: no request went past any stamp of the daemon.
     """
-    points, stages = (RING_POINTS, RING_STAGES) if control == "ring" else (GRPC_POINTS, GRPC_STAGES)
-    stamped_nodes = StampedNodes(points)
-    with Road(Nodes(), control) as plain, Road(stamped_nodes, control) as stamped:
+    subject = SUBJECTS[name]
+    stages, stamped_nodes = subject.stages, StampedNodes(subject.points)
+    with Road(Nodes(), subject) as plain, Road(stamped_nodes, subject) as stamped:
         stamped.stamp()
         for road in (plain, stamped):
             road.spend(WARM_UP)
@@ -121,7 +159,7 @@ def profile(control: str, requests: int) -> Profile:
     if all(medians[name] is None for name in ("awake", "posting", "copy")):
         raise InternalError("no request was seen in the daemon", remedy="the names of its functions in _stages.py")
     return Profile(
-        control,
+        name,
         tuple((stage, medians[stage.stamp]) for stage in stages),
         _median_us(spans),
         _median_us(np.array(plain.spans, np.int64)),
@@ -200,9 +238,10 @@ class Road:
         stamps: of the client.
     """
 
-    def __init__(self, nodes: Nodes, control: str) -> None:
+    def __init__(self, nodes: Nodes, subject: Subject) -> None:
         self._nodes = nodes
-        self._control = control
+        self._control = subject.control
+        self._nbytes = subject.nbytes
         self._stack = ExitStack()
         self.spans: list[tuple[int, int]] = []
         self.stamps: list[Stamp] = []
@@ -210,9 +249,9 @@ class Road:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(self._nodes)
-            node = self._nodes.start("a", settings=['pools=[{name="host", nbytes=1048576}]'])
+            node = self._nodes.start("a", settings=[f'pools=[{{name="host", nbytes={POOL_NBYTES}}}]'])
             self._client = stack.enter_context(attach(node.session_socket, "profile", self._control))
-            source, target = self._client.allocate([BLOCK_NBYTES] * 2)
+            source, target = self._client.allocate([self._nbytes] * 2)
             self._transfer = self._client.transfer("WRITE", source, target, hold=True)
             self._stack = stack.pop_all()
         return self

@@ -22,6 +22,7 @@ from xferd.clients.bench._cases import (
     Case,
     Place,
 )
+from xferd.clients.bench._kinds import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +31,9 @@ SHAPES = ((4 * KIB, 1), (4 * KIB, 1024), (16 * KIB, 1024), (64 * KIB, 1024), (MI
 """One small message; KV blocks of small and usual sizes; large blocks; one tensor."""
 
 QUICK_SHAPES = ((4 * KIB, 1), (4 * KIB, 1024), (64 * KIB, 1024))
+
+STANDARD = "standard"
+"""The pattern that stands for the standard cases."""
 
 LOAD = 8
 MANY = 16
@@ -65,10 +69,59 @@ def many_clients(control: str) -> tuple[Case, ...]:
     return one, dataclasses.replace(one, clients=MANY)
 
 
+def files(control: str) -> tuple[Case, ...]:
+    """Files in order and scattered, past the page cache and from it; and a storage pool with and without checksums."""
+    read = Case(Place.LOCAL, "READ", src="FILE_DIRECT", control=control, scenario="files")
+    write = Case(Place.LOCAL, "WRITE", dst="FILE_DIRECT", control=control, scenario="files")
+    in_order = [dataclasses.replace(one, block_nbytes=MIB, batch=1024, order="sequential") for one in (read, write)]
+    small = [dataclasses.replace(one, block_nbytes=4 * KIB, batch=4096) for one in (read, write)]
+    cached = dataclasses.replace(read, src="FILE", block_nbytes=64 * KIB, batch=4096)
+    large = [dataclasses.replace(one, block_nbytes=MIB, batch=128) for one in (read, write)]
+    stored = [_with_file(one, kind) for one in large for kind in ("STORAGE", "STORAGE_PLAIN")]
+    return (*in_order, cached, *small, *stored)
+
+
+def _with_file(case: Case, kind: str) -> Case:
+    """Return a case with another kind in place of the file."""
+    is_read = case.op == "READ"
+    return dataclasses.replace(case, src=kind if is_read else case.src, dst=case.dst if is_read else kind)
+
+
+def objects(control: str) -> tuple[Case, ...]:
+    """One object of 64 MiB into scattered memory, and back."""
+    one = Case(Place.LOCAL, "READ", MIB, 64, src="OBJECT", control=control, scenario="objects")
+    return one, dataclasses.replace(one, op="WRITE", src="DRAM", dst="OBJECT")
+
+
+def gpus(control: str) -> tuple[Case, ...]:
+    """KV blocks and one tensor between two clients' memory of a GPU, and between it and a pool of the host."""
+    shapes = ((4 * KIB, 1024), (64 * KIB, 1024), (256 * MIB, 1))
+    within = [
+        Case(Place.LOCAL, op, *shape, "VRAM", "VRAM", control=control, scenario="gpu")
+        for op in ("WRITE", "READ")
+        for shape in shapes
+    ]
+    across = [
+        Case(Place.LOCAL, op, *shape, *kinds, control=control, scenario="gpu")
+        for op, kinds in (("WRITE", ("DRAM", "VRAM")), ("READ", ("VRAM", "DRAM")))
+        for shape in shapes[1:]
+    ]
+    return (*within, *across)
+
+
 def named_cases(*, quick: bool = False, control: str = "ring") -> tuple[Case, ...]:
     """Return all that have a name: the standard ones, and those that are run only when asked for."""
     return tuple(
-        dict.fromkeys((*standard_cases(quick=quick, control=control), *fairness(control), *many_clients(control)))
+        dict.fromkeys(
+            (
+                *standard_cases(quick=quick, control=control),
+                *fairness(control),
+                *many_clients(control),
+                *files(control),
+                *objects(control),
+                *gpus(control),
+            )
+        )
     )
 
 
@@ -82,6 +135,9 @@ def choose(cases: Sequence[Case], patterns: Iterable[str]) -> tuple[Case, ...]:
     """
     wanted: set[Case] = set()
     for pattern in patterns:
+        if pattern.lower() == STANDARD:
+            wanted |= {case for case in cases if not case.scenario or case.scenario == "small"}
+            continue
         found = {case for case in cases if fnmatch.fnmatchcase(case.name.lower(), f"*{pattern.lower()}*")}
         if not found:
             raise InvalidArgument(
@@ -113,6 +169,10 @@ def references(case: Case) -> dict[str, Case]:
         found["one client"] = dataclasses.replace(case, clients=1)
     if case.nbytes <= 4 * KIB:
         found["echo"] = ECHO
+    plain = {kind.name: kind.plain or kind.name for kind in KINDS.values()}
+    without = dataclasses.replace(case, src=plain[case.src], dst=plain[case.dst])
+    if without != case:
+        found["no checksum"] = without
     found["memcpy"] = Case(Place.LIMIT, "memcpy", case.block_nbytes, case.batch)
     found["memcpy 256 MiB"] = MEMCPY
     if case.place is Place.TCP:

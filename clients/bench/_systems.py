@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import shutil
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from xferd.api.errors import Unsupported
+from xferd.clients.bench._fio import Fio
 from xferd.clients.bench._flows import regions_for
+from xferd.clients.bench._gpu_copy import GpuCopy
 from xferd.clients.bench._limits import Iperf3, Memcpy
+from xferd.clients.bench._obstore import Obstore
+from xferd.clients.bench._preadv import Preadv
+from xferd.clients.bench._store import Store
 from xferd.clients.bench._xferd import Xferd
 
 if TYPE_CHECKING:
@@ -17,10 +23,17 @@ if TYPE_CHECKING:
     from xferd.clients.bench._cases import Case
     from xferd.clients.bench._probes import System
 
-PEERS = {"nixl": "Nixl", "nixl-default": "NixlDefault", "mooncake": "Mooncake"}
+PEERS = {
+    "nixl": "Nixl",
+    "nixl-default": "NixlDefault",
+    "nixl-posix": "NixlPosix",
+    "nixl-vram": "NixlVram",
+    "nixl-vram-get": "NixlVramGet",
+    "mooncake": "Mooncake",
+}
 """Other transfer engines: the module is named like the engine, and is loaded only when asked for."""
 
-NAMES = (*PEERS, "memcpy", "iperf3")
+NAMES = (*PEERS, "memcpy", "iperf3", "fio", "preadv", "obstore", "gpu-copy")
 
 
 def names_for(against: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -40,13 +53,25 @@ def missing(name: str) -> str:
     """Return what to install for a system, "" if it is there."""
     if name == "iperf3":
         return "" if shutil.which("iperf3") else "iperf3 is not installed: install your system's package iperf3"
+    if name == "fio":
+        return "" if shutil.which("fio") else "fio is not installed: install your system's package fio"
+    if name == "obstore":
+        return "" if find_spec("obstore") else "obstore is not installed: pip install 'xferd[object]'"
     if name in PEERS and _peer(name).installed() is None:
         return f"{name} is not installed: pip install 'xferd[peers]'"
     return ""
 
 
-def systems_for(cases: Sequence[Case], names: Sequence[str]) -> list[System]:
+def systems_for(
+    cases: Sequence[Case], names: Sequence[str], store: Store | None = None, settings: Sequence[str] = ()
+) -> list[System]:
     """Return xferd and the named systems, with memory for these cases; none is started yet.
+
+    Args:
+        cases: all that will be asked for.
+        names: of the systems beside xferd.
+        store: where objects are; None takes a server of its own.
+        settings: for xferd's daemons.
 
     Raises:
         Unsupported: one of them is not installed.
@@ -55,8 +80,17 @@ def systems_for(cases: Sequence[Case], names: Sequence[str]) -> list[System]:
         if why := missing(name):
             raise Unsupported(why)
     nbytes = region_for(cases)
-    makers: dict[str, Callable[[], System]] = {"memcpy": lambda: Memcpy(nbytes), "iperf3": Iperf3}
-    return [*(makers[name]() if name in makers else _peer(name)(nbytes) for name in names), Xferd(cases)]
+    store = store or Store()
+    makers: dict[str, Callable[[], System]] = {
+        "memcpy": lambda: Memcpy(nbytes),
+        "iperf3": Iperf3,
+        "fio": Fio,
+        "preadv": lambda: Preadv(nbytes),
+        "obstore": lambda: Obstore(store),
+        "gpu-copy": lambda: GpuCopy(nbytes),
+    }
+    beside = [makers[name]() if name in makers else _peer(name)(nbytes) for name in names]
+    return [*beside, Xferd(cases, store, settings)]
 
 
 def region_for(cases: Sequence[Case]) -> int:

@@ -9,21 +9,25 @@ from xferd.api.errors import InvalidArgument
 from xferd.clients.bench._cases import SCHEMES, Case, Place
 from xferd.clients.bench._environment import available_nbytes
 from xferd.clients.bench._flows import regions_for
+from xferd.clients.bench._kinds import KINDS, PLAIN_POOL, SUMMED_POOL, kind_of
 from xferd.clients.bench._members import Members
 from xferd.clients.bench._moves import MoveProbe
 from xferd.clients.bench._probes import Probe, System
+from xferd.clients.bench._vram import device_settings
 from xferd.clients.bench._xferd_calls import LIST_REGION_NBYTES, Calls
 from xferd.clients.nodes import Nodes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from xferd.clients.bench._flows import Need
+    from xferd.clients.bench._store import Store
     from xferd.clients.nodes import Node
 
-KINDS = ("DRAM", "MEMFD", "PRIVATE", "FILE")
 SLACK_NBYTES = 1 << 20
+SLAB_NBYTES = 1 << 29
 
 
 class Xferd(System):
@@ -33,11 +37,15 @@ class Xferd(System):
 
     Args:
         cases: all that will be asked for, so that there is memory for them.
+        store: where objects are; entered and left here. None refuses them.
+        settings: for the daemons, as ``xferd serve --set`` has them.
     """
 
     name: ClassVar[str] = "xferd"
 
-    def __init__(self, cases: Sequence[Case]) -> None:
+    def __init__(self, cases: Sequence[Case], store: Store | None = None, settings: Sequence[str] = ()) -> None:
+        self._store = store
+        self._settings = list(settings)
         able = [case for case in cases if not self.refusal(case)]
         self._regions = regions_for(able)
         self._node_names = ["a", "b"] if any(case.place is Place.TCP for case in able) else ["a"]
@@ -50,8 +58,9 @@ class Xferd(System):
             nodes = stack.enter_context(Nodes())
             started: dict[str, Node] = {}
             for name in self._node_names:
-                pool = f'pools=[{{name="host", nbytes={self._pool_nbytes(name)}}}]'
-                started[name] = nodes.start(name, peers=list(started.values()), settings=[pool])
+                own = [*self._pools(name, nodes.root), *self._device_settings(), *self._store_settings(stack)]
+                settings = [*own, *self._settings]
+                started[name] = nodes.start(name, peers=list(started.values()), settings=settings)
             self._daemons = [node.pid for node in started.values()]
             sockets = {name: node.session_socket for name, node in started.items()}
             self._members = stack.enter_context(Members(sockets, self._regions))
@@ -68,7 +77,7 @@ class Xferd(System):
         """Return what the daemons run with: their defaults."""
         return {
             "version": self._calls.client.node().version,
-            "configuration": "defaults",
+            "configuration": self._settings or "defaults",
             "region_nbytes": max(self._regions.values(), default=0),
         }
 
@@ -78,9 +87,15 @@ class Xferd(System):
             return "a limit of the machine"
         if case.place is Place.CONTROL:
             return ""
-        unknown = [kind for kind in (case.src, case.dst) if kind not in KINDS]
-        if unknown:
-            return f"memory of kind {unknown[0]} cannot be measured yet"
+        refusals = [KINDS[kind].refusal() for kind in (case.src, case.dst)]
+        if any(refusals):
+            return next(filter(None, refusals))
+        if (case.src, case.dst).count("OBJECT") and self._store is None:
+            return "OBJECT has no store: give one"
+        if case.place is Place.TCP and (case.src if case.op == "READ" else case.dst) == "OBJECT":
+            return "an OBJECT is not served to other nodes: each reaches the store by itself"
+        if case.dst == "OBJECT" and case.prepared == "lists":
+            return "an object is written as a whole, by lists that are of it alone"
         if case.scheme not in SCHEMES or case.op not in ("READ", "WRITE"):
             return f"{case.scheme} {case.op} is unknown"
         if case.control == "ring" and case.prepared == "no":
@@ -95,10 +110,40 @@ class Xferd(System):
             return self._calls.probe(case)
         return MoveProbe(case, self._members, self._daemons)
 
+    def _device_settings(self) -> list[str]:
+        is_needed = any(kind_of(need.kind).is_device for need in self._regions)
+        return device_settings() if is_needed else []
+
+    def _store_settings(self, stack: ExitStack) -> list[str]:
+        if self._store is None or not any(need.kind.startswith("OBJECT") for need in self._regions):
+            return []
+        return stack.enter_context(self._store).settings()
+
+    def _pools(self, node: str, directory: Path) -> list[str]:
+        """Return the settings of a daemon's pools; storage pools are in the run's directory, and go with it."""
+        wanted = [f'pools=[{{name="host", nbytes={self._pool_nbytes(node)}}}]']
+        here = [(need, nbytes) for need, nbytes in self._regions.items() if need.member.node == node]
+        stored = sum(nbytes for need, nbytes in here if kind_of(need.kind).is_stored)
+        if stored:
+            size = f"nbytes={_slabs(stored)}, slab_nbytes={SLAB_NBYTES}"
+            made = []
+            for name, more in ((SUMMED_POOL, 'checksum="xxh3", verify=true'), (PLAIN_POOL, 'checksum="off"')):
+                path = directory / f"{node}-{name}"
+                path.mkdir()
+                made.append(f'{{name="{name}", directories=[{{path="{path}"}}], {size}, {more}}}')
+            wanted.append(f"storage_pools=[{', '.join(made)}]")
+        return wanted
+
     def _pool_nbytes(self, node: str) -> int:
-        own = sum(nbytes for need, nbytes in self._regions.items() if need.member.node == node and need.kind == "DRAM")
+        here = [(need, nbytes) for need, nbytes in self._regions.items() if need.member.node == node]
+        own = sum(nbytes for need, nbytes in here if kind_of(need.kind).is_pooled)
         lists = 2 * LIST_REGION_NBYTES if self._has_calls and node == "a" else 0
         return -(-(own + lists + SLACK_NBYTES) // 4096) * 4096
+
+
+def _slabs(nbytes: int) -> int:
+    """Return the size of a storage pool that has room for so much, in slabs of any usual size."""
+    return -(-nbytes // SLAB_NBYTES) * SLAB_NBYTES + SLAB_NBYTES
 
 
 def check_memory(regions: Mapping[Need, int]) -> None:

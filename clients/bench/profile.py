@@ -1,4 +1,4 @@
-"""``xferbench profile``: where the microseconds of one small transfer go, by ring and by gRPC."""
+"""``xferbench profile``: where the microseconds of one prepared transfer go, by ring, by ring and threads, by gRPC."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     from xferd.clients.bench._tables import Table
 
 MARKERS = "<!-- xferbench profile: begin -->", "<!-- xferbench profile: end -->"
-TITLES = {"ring": "One prepared 4 KiB transfer by the ring", "grpc": "One prepared 4 KiB transfer by gRPC"}
+TITLES = {
+    "ring": "One prepared 4 KiB transfer by the ring",
+    "threads": "One prepared 4 MiB transfer by the ring, copied by threads",
+    "grpc": "One prepared 4 KiB transfer by gRPC",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parser().parse_args(argv)
     try:
-        profiles = [profile(control, options.requests) for control in TITLES]
+        profiles = [profile(name, options.requests) for name in TITLES]
         record = environment([])
         if options.json:
             json.dump({"environment": record, "profiles": [document(one) for one in profiles]}, sys.stdout, indent=2)
@@ -55,7 +59,7 @@ def table(one: Profile) -> Table:
 def document(one: Profile) -> dict[str, object]:
     """Return a profile as it stands in JSON."""
     return {
-        "control": one.control,
+        "subject": one.subject,
         "requests": one.requests,
         "p50_us": one.p50_us,
         "plain_p50_us": one.plain_p50_us,
@@ -74,13 +78,13 @@ def section(profiles: Sequence[Profile], record: Mapping[str, object]) -> str:
 
 
 def _title(one: Profile) -> str:
-    return TITLES[one.control]
+    return TITLES[one.subject]
 
 
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="xferbench profile",
-        description="Show where the time of one small transfer goes, by ring and by gRPC.",
+        description="Show where the time of one prepared transfer goes, by ring and by gRPC.",
         epilog="The stamps cost some of the time that they show: compare the two whole times.",
     )
     made.add_argument("--requests", type=positive, default=3000, metavar="N", help="to measure (3000)")

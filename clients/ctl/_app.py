@@ -21,6 +21,7 @@ from xferd.clients.ctl._output import Output
 from xferd.clients.ctl._verbs_lists import (
     agents,
     backends,
+    devices,
     end_session,
     hand_over,
     holds,
@@ -65,6 +66,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "What is there": {
         "pools": pools,
+        "devices": devices,
         "sessions": sessions,
         "agents": agents,
         "peers": peers,

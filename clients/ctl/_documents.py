@@ -1,11 +1,12 @@
 """Answers as JSON documents: the same that the REST face gives for the same question.
 
 Sizes are numbers. 64-bit identifiers (region ids, prepared handles, epochs) are decimal strings, because JavaScript
-rounds numbers past 2**53. Enumerations are their names.
+rounds numbers past 2**53. Enumerations are their names and bytes are base64.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import enum
 import functools
@@ -22,6 +23,8 @@ _ID_FIELDS = frozenset({"epoch"})
 
 def document(value: object) -> Json:
     """Return a record of the contract, or a sequence or an object of such, as JSON."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
     if isinstance(value, XferdError):
         return error_document(value)
     if isinstance(value, enum.Flag):

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from xferd.api.types import CheckState, RegionSource, TransferState
+from xferd.api.types import CheckState, MemoryKind, RegionSource, TransferState
 from xferd.clients.ctl import _format as f
 
 if TYPE_CHECKING:
@@ -87,16 +87,20 @@ def _transfer_counts(info: t.NodeStatus) -> str:
 
 def pools(infos: Iterable[t.PoolInfo]) -> Table:
     """Return pools with how full they are."""
-    columns = (
+    columns: tuple[str, ...] = (
         *("POOL", "KIND", ">SIZE", ">USED", ">USED%", ">FREE", ">LARGEST", ">FRAG", ">PEAK", ">REGIONS", ">FAILED"),
         ">HUGE",
+        "REASON",
     )
+    infos = tuple(infos)
+    if not any(pool.reason for pool in infos):
+        columns = columns[:-1]
     return table(
         columns,
         (
             (
                 pool.name,
-                pool.kind.value,
+                f"VRAM({pool.device})" if pool.kind is MemoryKind.VRAM else pool.kind.value,
                 f.nbytes(pool.nbytes),
                 f.nbytes(pool.used_nbytes),
                 f.percent(pool.used_nbytes, pool.nbytes),
@@ -107,8 +111,37 @@ def pools(infos: Iterable[t.PoolInfo]) -> Table:
                 str(pool.allocations),
                 str(pool.failed_allocations),
                 f.nbytes(pool.huge_nbytes),
-            )
+                pool.reason,
+            )[: len(columns)]
             for pool in infos
+        ),
+    )
+
+
+def devices(infos: Iterable[t.DeviceInfo]) -> Table:
+    """Return GPUs with their memory and what their workers did; the last column says why one cannot be used."""
+    columns = (
+        *(">GPU", "NAME", "DRIVER", ">MEMORY", ">FREE", ">WORKERS", ">RESTARTS", ">PINNED", ">MOVED", ">KERNELS"),
+        *(">COPIES", "STATE"),
+    )
+    return table(
+        columns,
+        (
+            (
+                str(info.index),
+                info.name or "-",
+                info.driver,
+                f.nbytes(info.total_nbytes),
+                f.nbytes(info.free_nbytes),
+                str(info.workers),
+                str(info.worker_restarts),
+                f.nbytes(info.pinned_nbytes),
+                f.nbytes(info.moved_nbytes),
+                f.duration(info.kernel_s),
+                f.duration(info.copy_s),
+                info.reason or "READY",
+            )
+            for info in infos
         ),
     )
 

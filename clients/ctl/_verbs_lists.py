@@ -38,6 +38,14 @@ def pools(ctx: typer.Context) -> None:
     _show(settings, "pools", infos, lambda: _tables.pools(infos))
 
 
+def devices(ctx: typer.Context) -> None:
+    """List GPUs, what their workers did, and why one cannot be used."""
+    settings: Settings = ctx.obj
+    with admin(settings) as node:
+        infos = node.devices()
+    _show(settings, "devices", infos, lambda: _tables.devices(infos))
+
+
 def sessions(ctx: typer.Context) -> None:
     """List clients and what they hold."""
     settings: Settings = ctx.obj

@@ -9,8 +9,7 @@ import typer
 from rich.text import Text
 
 from xferd.api.types import ObjectPage
-from xferd.clients.ctl import _format as f
-from xferd.clients.ctl import _tables
+from xferd.clients.ctl import _format as f, _tables
 from xferd.clients.ctl._link import Settings, attach
 from xferd.clients.ctl._places import parse_place
 

@@ -15,8 +15,7 @@ from rich.text import Text
 
 from xferd.api.errors import Unsupported, error_for_code
 from xferd.api.types import RegionId
-from xferd.clients.ctl import _format as f
-from xferd.clients.ctl import _tables
+from xferd.clients.ctl import _format as f, _tables
 from xferd.clients.ctl._link import Settings, admin
 
 FSCK_MODULE = "xferd.daemon.storage.fsck"

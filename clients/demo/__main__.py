@@ -17,7 +17,7 @@ from xferd.clients.demo.etcd import EtcdMissing
 from xferd.clients.demo.model import ModelMissing
 from xferd.clients.demo.report import Screen
 from xferd.clients.demo.show import DemoFailed, Options, run
-from xferd.clients.demo.workers import WorkerFailed
+from xferd.clients.workers import WorkerFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

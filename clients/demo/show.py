@@ -17,8 +17,8 @@ from xferd.clients.demo.model import NAME, ModelShape, require_packages
 from xferd.clients.demo.paging import Geometry
 from xferd.clients.demo.report import Row, Screen, Summary, time_row, transfer_row
 from xferd.clients.demo.roles import Decode, Decoded, Prefill, Prefilled, Reference
-from xferd.clients.demo.workers import Worker, WorkerFailed
 from xferd.clients.nodes import Node, Nodes
+from xferd.clients.workers import Worker, WorkerFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

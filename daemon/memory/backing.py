@@ -111,7 +111,8 @@ class PoolBacking(Backing):
 class MemfdBacking(Backing):
     """A client's memfd, mapped shared into the daemon. Owns the mapping; no fd stays open.
 
-    Made by ``open_memfd``, which checks what a stranger's fd may be. ``writable`` says how it could be mapped.
+    Made by ``open_memfd``, which checks what a stranger's fd may be. ``writable`` says how it could be mapped. ``host``
+    is its number with device workers, which ``DeviceDesk.let_go`` takes back; 0 where they do not know of it.
     """
 
     source = RegionSource.MEMFD
@@ -122,6 +123,7 @@ class MemfdBacking(Backing):
         self.position = mapping.address
         self.nbytes = mapping.nbytes
         self.writable = mapping.writable
+        self.host = 0
 
     def view(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         """Return the bytes as numpy sees them."""

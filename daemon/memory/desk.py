@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     )
     from xferd.daemon.engine.planner import Planner
     from xferd.daemon.memory.backing import Backing
+    from xferd.daemon.memory.devices import DeviceDesk
     from xferd.daemon.memory.files import FileRoots
     from xferd.daemon.memory.pool import HostPool
     from xferd.daemon.memory.regions import RegionTable
@@ -81,6 +82,7 @@ class MemoryDesk:
         planner: Planner,
         backends: Mapping[str, Backend],
         storage: StorageDesk,
+        devices: DeviceDesk,
         *,
         max_group: int,
     ) -> None:
@@ -92,6 +94,7 @@ class MemoryDesk:
         self._planner = planner
         self._backends = backends
         self._storage = storage
+        self._devices = devices
         self.max_group = max_group
         self._processes: dict[SessionId, ClientProcess] = {}
 
@@ -129,13 +132,16 @@ class MemoryDesk:
         if self._storage.has(request.pool):
             infos = await self._storage.allocate(session, caller.agent, request)
             return RegionListing(self._node, self._epoch, infos)
-        pool = self._pool(request.pool)
+        pool = None if self._devices.has_pool(request.pool) else self._pool(request.pool)
         if request.persistent:
             raise Unsupported(
-                f"persistent regions of pool {pool.name!r}, whose memory ends with the daemon",
+                f"persistent regions of pool {request.pool or 'host'!r}, whose memory ends with the daemon",
                 limit="pools of [[storage_pools]]",
                 remedy="name a storage pool",
             )
+        if pool is None:
+            infos = await self._devices.allocate(session, caller.agent, request)
+            return RegionListing(self._node, self._epoch, infos)
         offsets = pool.allocate_group(request.nbytes)
         backings = [PoolBacking(pool, offset, pool.address + offset) for offset in offsets]
         try:
@@ -175,9 +181,19 @@ class MemoryDesk:
         try:
             session_of(caller)
             backing = open_memfd(fd, nbytes)
+            try:
+                if backing.writable:  # workers map it to write, too
+                    backing.host = self._devices.add_host(backing.position, backing.nbytes, fd)
+            except BaseException:
+                backing.close()
+                raise
         finally:
             os.close(fd)
-        return self._add(caller, backing, backing.nbytes, access, label, writable=backing.writable)
+        try:
+            return self._add(caller, backing, backing.nbytes, access, label, writable=backing.writable)
+        except BaseException:
+            await asyncio.shield(self._devices.drop_host(backing.host))
+            raise
 
     async def register_fd(
         self, caller: Caller, fd: int, nbytes: int, writable: bool, access: Access, label: str
@@ -200,6 +216,12 @@ class MemoryDesk:
         """Return a pool and its memfd, which stays the pool's."""
         if self._storage.has(pool):
             raise Unsupported(f"pool {pool!r} cannot be mapped", remedy="read and write by streaming calls")
+        if self._devices.has_pool(pool):
+            raise Unsupported(
+                f"pool {pool!r} is GPU memory and has no file descriptor",
+                limit="pools of host memory",
+                remedy="open a region's memory by its export (ExportDevice)",
+            )
         found = self._pool(pool)
         info = found.info()
         return info, found.fd
@@ -269,7 +291,7 @@ class MemoryDesk:
         except KeyError:
             raise NotFound(
                 f"no pool {name!r}",
-                limit=f"pools: {', '.join(self._pools) or 'none'}",
+                limit=f"pools: {', '.join([*self._pools, *self._devices.pool_names()]) or 'none'}",
                 remedy="name one of them, or configure it under [[pools]]",
             ) from None
 
@@ -279,9 +301,13 @@ class MemoryDesk:
         others = [backing for backing in backings if not isinstance(backing, StorageBacking)]
         try:
             if others:
-                await asyncio.shield(asyncio.to_thread(close_backings, others))
+                await asyncio.shield(self._close_here(others))
         finally:
             await self._storage.free(stored)
+
+    async def _close_here(self, backings: Sequence[Backing]) -> None:
+        await self._devices.let_go(backings)  # before it is unmapped here: workers may have it mapped, and locked
+        await asyncio.to_thread(close_backings, backings)
 
 
 class _Holding:

@@ -1,4 +1,4 @@
-"""What the region table keeps of regions, holds and owners, and who asks it. Pure values; ``regions.py`` uses them."""
+"""What the region table keeps of regions, holds and owners, and who asks it. Pure; ``regions.py`` uses it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+
+from xferd.api.errors import InvalidArgument
+from xferd.api.types import Access
 
 if TYPE_CHECKING:
     import asyncio
@@ -44,14 +47,23 @@ class Record:
     since: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Hold:
-    """Regions that somebody holds, from one call of ``hold``."""
+    """Regions that somebody holds, from one call of ``hold``; ``since`` is new each time that they are held again."""
 
     ids: Column
     slots: NDArray[np.intp]
     reason: str
     since: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Standing:
+    """What a holder held at a revision of the region table, so that it can hold it again without being checked."""
+
+    holder: str
+    holds: tuple[Hold, ...]
+    revision: int
 
 
 @dataclass(slots=True, eq=False)
@@ -66,3 +78,26 @@ class Owned:
     def as_array(self) -> NDArray[np.intp]:
         """Return the slots."""
         return np.fromiter(self.slots, dtype=np.intp, count=len(self.slots))
+
+
+def may_see(actor: Actor | None, record: Record, retired: set[SessionId]) -> bool:
+    """Whether an actor may see a region; None is an operator, who sees all."""
+    if actor is None or (isinstance(actor, LocalActor) and actor.session == record.owner):
+        return True
+    return record.info.access is not Access.NONE and record.owner not in retired
+
+
+def names_of(ids: Column) -> str:
+    """Return the first few ids for people."""
+    shown = ", ".join(str(int(i)) for i in ids[:4])
+    return shown if len(ids) <= 4 else f"{shown} and {len(ids) - 4} more"
+
+
+def check_span(backing: Backing, nbytes: int) -> None:
+    """Raise InvalidArgument where a region would be empty, or pass the end of what can be addressed."""
+    if nbytes <= 0:
+        raise InvalidArgument(f"a region of {nbytes} bytes", limit="at least 1 byte", remedy="give its size")
+    if backing.position + nbytes > 1 << 64:
+        raise InvalidArgument(
+            f"a region of {nbytes} bytes", limit="an end of at most 2**64", remedy="check address and nbytes"
+        )

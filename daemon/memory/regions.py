@@ -24,9 +24,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xferd.api.errors import Busy, Closed, InvalidArgument, Overloaded, PermissionDenied, Stale, Unsupported
+from xferd.api.errors import Busy, Closed, Overloaded, PermissionDenied, Stale, Unsupported
 from xferd.api.types import Access, HoldInfo, RegionId, RegionInfo
-from xferd.daemon.memory.holding import Actor, Hold, LocalActor, Owned, PeerActor, Record
+from xferd.daemon.memory.holding import (
+    Actor,
+    Hold,
+    LocalActor,
+    Owned,
+    PeerActor,
+    Record,
+    Standing,
+    check_span,
+    may_see,
+    names_of,
+)
 from xferd.daemon.memory.resolving import Resolved, resolve_in, slots_of
 from xferd.daemon.memory.slots import SlotTable, slot_of
 
@@ -36,10 +47,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from xferd.api.descriptors import Column, DescriptorList
-    from xferd.api.types import RegionQuery, SessionId
+    from xferd.api.types import RegionQuery, RegionSource, SessionId
     from xferd.daemon.memory.backing import Backing
 
-__all__ = ["Actor", "LocalActor", "PeerActor", "RegionTable", "Resolved"]
+__all__ = ["Actor", "LocalActor", "PeerActor", "RegionTable", "Resolved", "Standing"]
 
 
 _REMEMBERED = 1024
@@ -120,7 +131,7 @@ class RegionTable:
         if not backings:
             return ()
         for backing, nbytes in backings:
-            _check_span(backing, nbytes)
+            check_span(backing, nbytes)
         since = self._clock()
         with self._lock:
             room = self._slots.max_slots - len(self._slots)
@@ -246,6 +257,15 @@ class RegionTable:
         with self._lock:
             return self._record(region_id).info
 
+    def backing(self, region_id: RegionId) -> Backing:
+        """Return what a region rests on, which stays the table's.
+
+        Raises:
+            NotFound, Stale: the id names nothing.
+        """
+        with self._lock:
+            return self._record(region_id).backing
+
     def owned_by(self, session: SessionId) -> tuple[RegionInfo, ...]:
         """Return the regions of a session, in order of their slots."""
         with self._lock:
@@ -266,7 +286,7 @@ class RegionTable:
         return tuple(
             record.info
             for record in records
-            if _may_see(actor, record, retired)
+            if may_see(actor, record, retired)
             and query.agent in ("", record.info.agent)
             and query.label in ("", record.info.label)
         )
@@ -325,7 +345,7 @@ class RegionTable:
             if not (len(ids) == 1 and self._is_granted(int(ids[0]), actor, needed)):
                 self._check_alive(ids, slots)
                 self._check_rights(slots, actor, needed)
-            self._slots.held[slots] += 1
+            self._count(hold, 1)
             self._holds.setdefault(holder, []).append(hold)
 
     def check(self, regions: Sequence[RegionId], actor: Actor, *, write: bool) -> None:
@@ -340,11 +360,31 @@ class RegionTable:
                 self._check_alive(ids, slots)
                 self._check_rights(slots, actor, needed)
 
+    def standing(self, holder: str) -> Standing:
+        """Return what a holder holds now, for ``hold_again`` once it has let go of it."""
+        with self._lock:
+            return Standing(holder, tuple(self._holds.get(holder, ())), self.revision)
+
+    def hold_again(self, standing: Standing) -> bool:
+        """Hold what was held before; False, and nothing is held, where a region or its rights may have changed since.
+
+        The holder holds nothing now.
+        """
+        with self._lock:
+            if standing.revision != self.revision:
+                return False
+            now = self._clock()
+            for hold in standing.holds:
+                hold.since = now
+                self._count(hold, 1)
+            self._holds[standing.holder] = list(standing.holds)
+            return True
+
     def release(self, holder: str) -> None:
         """Let go of all that a holder holds, and wake who waits for idle regions. An unknown holder is fine."""
         with self._lock:
             for hold in self._holds.pop(holder, ()):
-                self._slots.held[hold.slots] -= 1
+                self._count(hold, -1)
             if self._waiting:
                 for owned in self._owned.values():
                     if owned.waiters and self._is_idle(owned):
@@ -375,17 +415,25 @@ class RegionTable:
         with self._lock:
             return self._holders_of_slots(np.array([slot_of(region_id)])) if self._slots.is_alive(region_id) else ()
 
-    def holders_of(self, session: SessionId) -> tuple[str, ...]:
-        """Return who holds any region of a session: what must come to rest before the session's memory goes."""
+    def holders_of(self, session: SessionId, source: RegionSource | None = None) -> tuple[str, ...]:
+        """Return who holds any region of a session: what must come to rest before the session's memory goes.
+
+        ``source`` looks at regions of that source only.
+        """
         with self._lock:
             owned = self._owned.get(session)
-            return self._holders_of_slots(owned.as_array()) if owned is not None else ()
+            if owned is None:
+                return ()
+            slots = owned.as_array()
+            if source is not None:
+                slots = slots[[self._records[slot].info.source is source for slot in slots.tolist()]]
+            return self._holders_of_slots(slots) if len(slots) else ()
 
     def holds(self) -> list[HoldInfo]:
         """List what is held, one entry for each call of ``hold``."""
         with self._lock:
             held = [(holder, hold) for holder, holds in self._holds.items() for hold in holds]
-        return [HoldInfo("regions", _names(hold.ids), holder, hold.reason, hold.since, 0.0) for holder, hold in held]
+        return [HoldInfo("regions", names_of(hold.ids), holder, hold.reason, hold.since, 0.0) for holder, hold in held]
 
     def registrations(self) -> list[HoldInfo]:
         """List the regions themselves as things that sessions hold."""
@@ -504,6 +552,13 @@ class RegionTable:
         self._owner_numbers.append(owned.number)
         self._wake(owned)
 
+    def _count(self, hold: Hold, change: int) -> None:
+        held, slots = self._slots.held, hold.slots
+        if len(slots) == 1:  # by far the most, and an index array costs ten times as much as an index
+            held[slots[0]] += change
+        else:
+            held[slots] += change
+
     def _ids_of(self, regions: Sequence[RegionId]) -> Column:
         try:
             ids = np.array(regions, dtype=np.uint64)
@@ -586,23 +641,3 @@ class RegionTable:
 def _finish(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _check_span(backing: Backing, nbytes: int) -> None:
-    if nbytes <= 0:
-        raise InvalidArgument(f"a region of {nbytes} bytes", limit="at least 1 byte", remedy="give its size")
-    if backing.position + nbytes > 1 << 64:
-        raise InvalidArgument(
-            f"a region of {nbytes} bytes", limit="an end of at most 2**64", remedy="check address and nbytes"
-        )
-
-
-def _may_see(actor: Actor | None, record: Record, retired: set[SessionId]) -> bool:
-    if actor is None or (isinstance(actor, LocalActor) and actor.session == record.owner):
-        return True
-    return record.info.access is not Access.NONE and record.owner not in retired
-
-
-def _names(ids: Column) -> str:
-    shown = ", ".join(str(int(i)) for i in ids[:4])
-    return shown if len(ids) <= 4 else f"{shown} and {len(ids) - 4} more"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -79,7 +80,14 @@ class _Loan:
 
 
 class StagingPool:
-    """``nbytes // slot_nbytes`` slots of anonymous shared memory. Thread-safe; pages are touched on first use.
+    """``nbytes // slot_nbytes`` slots of a memfd, so that device workers may map them too. Thread-safe.
+
+    Pages are touched on first use.
+
+    Attributes:
+        fd: the memfd; the pool owns it.
+        address: of the first slot in this process.
+        nbytes: of all slots together.
 
     Args:
         nbytes: of all slots together.
@@ -101,7 +109,11 @@ class StagingPool:
         self.slot_nbytes = slot_nbytes
         self.count = count
         self._reserve = max(1, count // 4)  # for each side: enough to get on, half stays for whoever needs it
-        self._mapping = Mapping(-1, count * slot_nbytes)
+        self.nbytes = count * slot_nbytes
+        self.fd = os.memfd_create("xferd:staging", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self.nbytes)
+        self._mapping = Mapping(self.fd, self.nbytes)
+        self.address = self._mapping.address
         self._clock = clock
         self._lock = threading.Lock()
         self._free = list(range(count - 1, -1, -1))  # a stack: warm pages are used again first
@@ -224,6 +236,9 @@ class StagingPool:
                 waiter.closed = True
                 waiter.wake()
             self._waiters.clear()
+            fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
         self._mapping.close()
 
     async def aclose(self) -> None:

@@ -1,8 +1,8 @@
 """Leave for a peer to read or write spans here: what a lane's thread gets for one data request.
 
-Memory mapped into this process is handed out as it is, in one table. Private memory of other processes and files
-pass through a staging buffer, a window at a time. The order of the list is kept: a list that mixes spaces becomes
-successive runs. Nothing here checks a right; ``serving.py`` has done so before a grant exists.
+Memory mapped into this process is handed out as it is, in one table. Private memory of other processes, files and
+GPU memory pass through a staging buffer, a window at a time. The order of the list is kept: a list that mixes spaces
+becomes successive runs. Nothing here checks a right; ``serving.py`` has done so before a grant exists.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from xferd.api.descriptors import coalesce
 from xferd.api.errors import Unsupported
 from xferd.api.types import TransferOp
-from xferd.plugins.base import Extent, FileSpace, MappedSpace, ObjectSpace, ProcessSpace, RemoteSpace
+from xferd.plugins.base import DeviceSpace, Extent, FileSpace, MappedSpace, ObjectSpace, ProcessSpace, RemoteSpace
 from xferd.plugins.vectored import copy_process, read_file, write_file
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xferd.daemon.engine.sealing import WriteTicket
     from xferd.daemon.memory.resolving import Resolved
     from xferd.daemon.memory.staging import StagingPool, StagingSlot
+    from xferd.daemon.peers.device_lane import DeviceLane
     from xferd.daemon.storage.lanes import LaneSealer
     from xferd.plugins.base import IovTable, Space
 
@@ -58,6 +59,23 @@ class Stager:
             address += nbytes
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceStager:
+    """Moves bytes between a staging slot and GPU memory; blocking, called from lanes' threads."""
+
+    space: DeviceSpace
+    lane: DeviceLane
+    holder: str
+
+    def fill(self, staging: IovTable, part: IovTable) -> None:
+        """Copy ``part`` of the space into the staging rows; totals are equal."""
+        self.lane.move(Extent(self.space, part), staging, self.holder, write=False)
+
+    def flush(self, staging: IovTable, part: IovTable) -> None:
+        """Copy the staging rows into ``part`` of the space; totals are equal."""
+        self.lane.move(Extent(self.space, part), staging, self.holder, write=True)
+
+
 class PeerGrant:
     """A ``Grant`` over resolved spans. Used by one thread at a time.
 
@@ -70,6 +88,8 @@ class PeerGrant:
         holder: the name under which regions and slot are held.
         on_close: lets go of the regions; called once.
         sealer: keeps the proof of what lies in storage pools; None where there are none.
+        devices: reaches GPU memory; None where there is none.
+        verify: the peer wants proof of what it reads from storage pools.
     """
 
     def __init__(
@@ -83,6 +103,8 @@ class PeerGrant:
         holder: str,
         on_close: Callable[[], None],
         sealer: LaneSealer | None = None,
+        devices: DeviceLane | None = None,
+        verify: bool = False,
     ) -> None:
         self.nbytes = nbytes
         self._runs = runs_of(resolved)
@@ -92,6 +114,8 @@ class PeerGrant:
         self._holder = holder
         self._on_close = on_close
         self._sealer = sealer
+        self._devices = devices
+        self._verify = verify
         self._ticket: WriteTicket | None = None
         self._slot: StagingSlot | None = None
         self._closed = False
@@ -100,12 +124,12 @@ class PeerGrant:
         """Yield tables of this process's memory, in list order; see ``Grant.windows``.
 
         What lies in storage pools is proven: a write's bytes before the last ``next`` returns, so that the peer hears
-        of it only then; those of a read before the first one, where the pool verifies every read.
+        of it only then; those of a read before the first one, where the peer asks or the pool verifies every read.
         """
         if self._sealer is not None and self._op is TransferOp.WRITE:
             self._ticket = self._sealer.begin(self._runs)
         elif self._sealer is not None:
-            self._sealer.verify(self._runs)
+            self._sealer.verify(self._runs, is_asked=self._verify)
         for run in self._runs:
             if isinstance(run.space, MappedSpace):
                 yield run.iov
@@ -129,8 +153,7 @@ class PeerGrant:
             self._on_close()
 
     def _staged(self, run: Extent) -> Iterator[IovTable]:
-        assert isinstance(run.space, ProcessSpace | FileSpace)
-        stager, total = Stager(run.space), run.nbytes
+        stager, total = self._stager(run.space), run.nbytes
         if self._slot is None:
             self._slot = self._staging.borrow(self._staging_timeout_s, self._holder)
         for start in range(0, total, self._slot.nbytes):
@@ -143,6 +166,13 @@ class PeerGrant:
             else:
                 yield staging
                 stager.flush(staging, part)
+
+    def _stager(self, space: Space) -> Stager | DeviceStager:
+        if isinstance(space, DeviceSpace):
+            assert self._devices is not None, "a region of GPU memory without a backend for GPUs"
+            return DeviceStager(space, self._devices, self._holder)
+        assert isinstance(space, ProcessSpace | FileSpace)
+        return Stager(space)
 
 
 def check_served(spaces: Iterable[Space]) -> None:

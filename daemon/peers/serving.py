@@ -34,13 +34,15 @@ from xferd.daemon.peers.exchange import check_record
 from xferd.daemon.peers.grants import PeerGrant, check_served
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from xferd.api.types import NodeInfo, Notification
     from xferd.daemon.memory.regions import RegionTable
     from xferd.daemon.memory.staging import StagingPool
+    from xferd.daemon.peers.device_lane import DeviceLane
     from xferd.daemon.storage.lanes import LaneSealer
     from xferd.plugins.base import PeerIdentity, PeerTransport
+    from xferd.plugins.fabric import PeerService
 
 LINGER_S = 1.0
 """A peer's transfer counts as running for so long after its last grant: between two of its chunks none is open."""
@@ -77,6 +79,8 @@ class PeerServing:
         staging_timeout_s: how long a lane waits for staging memory.
         linger_s: how long a transfer counts as under way after its last grant.
         sealer: keeps the proof of what peers write to storage pools; None where there are none.
+        devices: reaches GPU memory; None where there is none.
+        services: backends that serve peers by requests of their own.
     """
 
     def __init__(
@@ -94,7 +98,11 @@ class PeerServing:
         staging_timeout_s: float = 5.0,
         linger_s: float = LINGER_S,
         sealer: LaneSealer | None = None,
+        devices: DeviceLane | None = None,
+        services: Sequence[PeerService] = (),
     ) -> None:
+        self._services = services
+        self._devices = devices
         self._sealer = sealer
         self._me = me
         self._epoch = me().epoch
@@ -188,6 +196,9 @@ class PeerServing:
                 log.info("peer_said_goodbye", reason=request.goodbye.reason)
                 self._events.peer_leaving(peer, request.goodbye.reason)
                 return _done()
+        for service in self._services:
+            if verb in service.verbs:
+                return await service.serve(peer, request)
         raise ProtocolViolation(
             f"node {peer.node!r} sent a request that this node does not know",
             limit="ping, get_node, get_regions, notify, quiesce, goodbye",
@@ -228,6 +239,8 @@ class PeerServing:
         try:
             async with asyncio.timeout(self._quiesce_timeout_s):
                 await self._transport.wait_quiesced(peer, transfer_id)
+                for service in self._services:
+                    await service.quiesce(peer, transfer_id)
                 await self._wait_closed((peer.node, transfer_id))
         except TimeoutError:
             raise DeadlineExceeded(
@@ -307,6 +320,8 @@ class PeerServing:
             holder=holder,
             on_close=close,
             sealer=self._sealer,
+            devices=self._devices,
+            verify=request.verify,
         )
 
     def _parse(self, request: peer_pb.DataRequest) -> DescriptorList:
@@ -358,6 +373,8 @@ class PeerServing:
 
     def peer_lost(self, peer: PeerIdentity, reason: str) -> None:
         """Pass it on; the transport has closed the peer's grants, or does so as their lanes end."""
+        for service in self._services:
+            service.peer_lost(peer, reason)
         self._events.peer_lost(peer, reason)
 
 

@@ -38,6 +38,10 @@ BATCH = 32
 
 _DRAIN_NBYTES = 4096
 
+# Plain numbers: to look up a member of an enumeration takes longer than to compare it.
+_SUBMIT, _POST, _CANCEL, _LISTEN = (code.value for code in (Opcode.SUBMIT, Opcode.POST, Opcode.CANCEL, Opcode.LISTEN))
+_TELL_ACCEPTED = SubmissionFlag.TELL_ACCEPTED.value
+
 log = structlog.get_logger(__name__)
 
 
@@ -89,10 +93,10 @@ class Ring:
         self._is_closed = False
         self._is_unsignalled = False
         self._perform = {
-            Opcode.SUBMIT.value: self._submit,
-            Opcode.POST.value: self._post,
-            Opcode.CANCEL.value: self._cancel,
-            Opcode.LISTEN.value: self._listen,
+            _SUBMIT: self._submit,
+            _POST: self._post,
+            _CANCEL: self._cancel,
+            _LISTEN: self._listen,
         }
 
     def start(self) -> None:
@@ -191,9 +195,9 @@ class Ring:
 
     def _promised(self, entry: tuple[int, ...]) -> int:
         """Return how many completions a submission brings at most."""
-        if entry[1] in (Opcode.SUBMIT.value, Opcode.POST.value):
-            return 2 if entry[4] & 3 == SubmissionFlag.TELL_ACCEPTED else 1
-        if entry[1] == Opcode.LISTEN.value and 0 < entry[6] <= self._room // 2:
+        if entry[1] in (_SUBMIT, _POST):
+            return 2 if entry[4] & 3 == _TELL_ACCEPTED else 1
+        if entry[1] == _LISTEN and 0 < entry[6] <= self._room // 2:
             return entry[6]
         return 1
 
@@ -211,7 +215,7 @@ class Ring:
         self._check_open()
         user_data, transfer = entry[0], self._transfers.owned(self._caller, _transfer_id(entry))
         self._transfers.post_heard(transfer, lambda ended: self._tell_ended(user_data, ended))
-        if entry[4] & 3 == SubmissionFlag.TELL_ACCEPTED:
+        if entry[4] & 3 == _TELL_ACCEPTED:
             if transfer.is_active:
                 self._tell(*self._completions.accepted(user_data, transfer))
             else:
@@ -274,6 +278,8 @@ class Ring:
             else None,
             backend=options.backend,
             verify=options.verify,
+            wait_event=options.wait_event,
+            done_event=options.done_event,
             hold=bool(flags & SubmissionFlag.HOLD),
         )
 

@@ -30,7 +30,15 @@ from xferd.api.types import Caller, Transport
 from xferd.daemon.sessions.packets import MAX_PACKET_NBYTES
 
 if TYPE_CHECKING:
-    from xferd.api.types import Access, PeerCredentials, PoolInfo, RegionInfo, SessionGrant, SessionId
+    from xferd.api.types import (
+        Access,
+        PeerCredentials,
+        PoolInfo,
+        RegionInfo,
+        RegisterDeviceRequest,
+        SessionGrant,
+        SessionId,
+    )
     from xferd.daemon.sessions.packets import Packet, PacketSocket
     from xferd.daemon.sessions.pidwatch import ProcessWatch
 
@@ -49,6 +57,9 @@ class SessionEngine(Sessions, Protocol):
         self, caller: Caller, fd: int, nbytes: int, writable: bool, access: Access, label: str
     ) -> RegionInfo:
         """Register an open file and own ``fd`` from the call on, also when it fails; ``nbytes`` 0: its size."""
+
+    async def register_device_fd(self, caller: Caller, fd: int, request: RegisterDeviceRequest) -> RegionInfo:
+        """Register GPU memory by a VMM allocation's fd, and own ``fd`` from the call on, also when it fails."""
 
     def pool_fd(self, caller: Caller, pool: str) -> tuple[PoolInfo, int]:
         """Return a pool and its memfd, which stays the daemon's; "" is the first host pool.
@@ -230,6 +241,9 @@ class Connection:
                 case "register_fd":
                     region = await self._register_fd(caller, request, packet)
                     reply.region.CopyFrom(wire.region_to_message(region))
+                case "register_device_fd":
+                    region = await self._register_device_fd(caller, request, packet)
+                    reply.region.CopyFrom(wire.region_to_message(region))
                 case "open_ring":
                     packet.check_fds(0)
                     wanted = request.open_ring
@@ -262,6 +276,10 @@ class Connection:
         return await self._engine.register_fd(
             caller, packet.take_fd(), message.nbytes, message.writable, access, message.label
         )
+
+    async def _register_device_fd(self, caller: Caller, request: SessionSocketRequest, packet: Packet) -> RegionInfo:
+        wanted = wire.register_device_fd_from_message(request.register_device_fd)
+        return await self._engine.register_device_fd(caller, packet.take_fd(), wanted)
 
     def _say_nowait(self, reply: SessionSocketReply) -> None:
         """Send last words if there is room for them; a client that does not read, or has gone, misses them."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
-from xferd.api.errors import NotFound, Unauthenticated, Unavailable
-from xferd.api.types import Caller, SessionGrant, SessionInfo
+from xferd.api.errors import NotFound, Stale, Unauthenticated, Unavailable, XferdError
+from xferd.api.types import Caller, RegionSource, SessionGrant, SessionInfo
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from xferd.daemon.engine.lists import ListBook
     from xferd.daemon.engine.notifications import Inboxes
     from xferd.daemon.memory.desk import MemoryDesk
+    from xferd.daemon.memory.devices import DeviceDesk
     from xferd.daemon.memory.regions import RegionTable
     from xferd.daemon.rings.desk import RingDesk
     from xferd.daemon.sessions.table import SessionTable
@@ -53,6 +54,7 @@ class SessionDesk:
         inboxes: Inboxes,
         memory: MemoryDesk,
         regions: RegionTable,
+        devices: DeviceDesk,
         *,
         limits: Callable[[], Limits],
         pools: Callable[[], list[PoolInfo]],
@@ -74,6 +76,7 @@ class SessionDesk:
         self._inboxes = inboxes
         self._memory = memory
         self._regions = regions
+        self._devices = devices
         self._limits = limits
         self._pools = pools
         self._grpc_target = grpc_target
@@ -219,16 +222,47 @@ class SessionDesk:
         try:
             self._storage.keep(session)
             self._regions.retire(session)
-            await self._transfers.end_session(session)
+            await self._stop_moving(session, agent)
             self._rings.close_session(session)
             self._lists.release_session(session)
             self._inboxes.close(agent)
             await self._release_regions(session)
+            await self._devices.end_owner(session, agent)  # once more: of a registration that was under way
         finally:
             self._table.finish_close(session)
             self._ended.pop(session, None)
             self._ending.pop(session, None)
         log.info("session_ended", session=session, agent=agent, reason=reason)
+
+    async def _stop_moving(self, session: SessionId, agent: str) -> None:
+        """Bring to rest what the session moves, and what others move in its GPU memory, which goes with it.
+
+        Its device workers are killed at once, and not after their commands have ended: one may wait for an event of a
+        process that has died, and as long as any worker has a dead process's memory mapped the driver cannot take it
+        back. How a client ended is not known yet: its sockets close before it is gone.
+        """
+        holders = self._regions.holders_of(session, RegionSource.DEVICE)
+        self._transfers.fail_holders(
+            holders,
+            session,
+            lambda: Stale(
+                f"GPU memory of agent {agent} went with its session", remedy="use a region of a session that lives"
+            ),
+        )
+        async with asyncio.TaskGroup() as group:
+            # Cancelled first, so that what its workers' end does to its transfers is not taken for a failure.
+            group.create_task(self._transfers.end_session(session), name=f"end transfers of {session}")
+            group.create_task(self._devices.end_owner(session, agent), name=f"end workers of {agent}")
+            group.create_task(self._devices.end_memory(session), name=f"end GPU memory of {session}")
+            for holder in holders:
+                group.create_task(self._abort(session, holder), name=f"abort {holder}")
+
+    async def _abort(self, session: SessionId, holder: str) -> None:
+        """Cut off a peer that holds regions of a session that ends; what is no peer's hold is fine. Does not raise."""
+        try:
+            await self._abort_holder(holder)
+        except XferdError as error:
+            log.warning("hold_not_aborted", session=session, holder=holder, error=error.message)
 
     async def _release_regions(self, session: SessionId) -> None:
         """Wait for peers that read or write the regions; those that take too long are cut off."""
@@ -238,7 +272,7 @@ class SessionDesk:
         except TimeoutError:
             for holder in self._regions.holders_of(session):
                 log.warning("hold_aborted", session=session, holder=holder, after_s=self.quiesce_timeout_s)
-                await self._abort_holder(holder)
+                await self._abort(session, holder)
         await self._memory.close_session(session)
 
     # ------------------------------------------------------------------------------------ expiry

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from xferd.api.errors import Closed, XferdError
-from xferd.plugins.base import Backend, Chunk, Extent, RemoteSpace, Space, SpaceKind
+from xferd.api.errors import Cancelled, Closed, XferdError
+from xferd.plugins.base import Backend, Begun, Chunk, Extent, RemoteSpace, Space, SpaceKind
 
 ARENA_NBYTES = 1 << 20
 LARGE_NBYTES = 16 << 20
@@ -170,6 +169,36 @@ def check_move_now(maker: Maker) -> None:
     _run(main())
 
 
+def check_begin(maker: Maker) -> None:
+    """A chunk that is begun moves its bytes, and its end is told once, on the event loop, and not from inside."""
+
+    async def main() -> None:
+        async with _started(maker) as rig:
+            for pair in rig.pairs():
+                with _arenas(rig, pair, ARENA_NBYTES) as (source, target):
+                    for left, right in _large_shapes():
+                        await _begin_and_compare(rig.backend, source, target, left, right)
+                await _check_begun_fails(rig, pair)
+
+    _run(main())
+
+
+def check_begun_abort(maker: Maker) -> None:
+    """No byte moves after the end of an aborted chunk was told, and the backend goes on working."""
+
+    async def main(pair: Pair, turns: int) -> None:
+        async with maker() as rig:
+            await rig.start()
+            try:
+                with _arenas(rig, pair, LARGE_NBYTES) as (source, target):
+                    await _check_aborted(rig.backend, source, target, turns)
+            finally:
+                await rig.backend.aclose()
+
+    for pair, turns in itertools.product(_pairs_of(maker), (0, 1, 4, 40)):
+        _run(main(pair, turns))
+
+
 def check_concurrency(maker: Maker) -> None:
     """Many chunks at once, more than there are slots, each move its own bytes; the counters add up."""
 
@@ -234,14 +263,24 @@ def check_close(maker: Maker) -> None:
                 with _arenas(rig, pair, LARGE_NBYTES) as (source, target):
                     moving = asyncio.ensure_future(backend.move(_chunk(source, target, *_WHOLE_LARGE)))
                     await asyncio.sleep(0)
+                    begun = _begin(backend, _chunk(source, target, *_WHOLE_LARGE))
                     await backend.aclose()
                     before = target.read()
                     await asyncio.wait((moving,))
+                    if begun is not None:
+                        end = await begun.get()
+                        assert end == LARGE_NBYTES or isinstance(end, XferdError)
                     assert moving.exception() is None or isinstance(moving.exception(), XferdError)
                     await backend.aclose()
                     error = await _error_of(backend.move(_chunk(source, target, [(0, 1)], [(0, 1)])))
                     # A peer is no longer connected when its transport is closed, which may be what is noticed first.
                     assert isinstance(error, Closed if SpaceKind.REMOTE not in pair else XferdError)
+                    assert_same(target.read(), before)
+                    try:
+                        late = _begin(backend, _chunk(source, target, [(0, 1)], [(0, 1)]))
+                        assert late is None or isinstance(await late.get(), XferdError)
+                    except XferdError:
+                        pass  # as good
                     assert_same(target.read(), before)
             assert backend.statistics().busy == 0
 
@@ -273,6 +312,8 @@ CHECKS: tuple[Callable[[Maker], None], ...] = (
     check_many_rows,
     check_large,
     check_move_now,
+    check_begin,
+    check_begun_abort,
     check_concurrency,
     check_cancellation,
     check_failures,
@@ -370,6 +411,82 @@ async def _move_and_compare(backend: Backend, source: Arena, target: Arena, left
     chunk = _chunk(source, target, left, right)
     with _compared(backend, source, target, left, right):
         assert await backend.move(chunk) == chunk.nbytes
+
+
+class _Ends:
+    """What a begun chunk's end is told; more than one end fails whoever looks."""
+
+    def __init__(self) -> None:
+        self.handle: Begun | None = None
+        self._ends: list[int | Exception] = []
+        self._is_told = asyncio.Event()
+        self._thread = threading.get_ident()
+
+    def done(self, end: int | Exception) -> None:
+        assert self.handle is not None, "told from inside begin"
+        assert threading.get_ident() == self._thread, "told beside the event loop"
+        self._ends.append(end)
+        self._is_told.set()
+
+    async def get(self) -> int | Exception:
+        await self._is_told.wait()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(self._ends) == 1, self._ends
+        return self._ends[0]
+
+
+def _begin(backend: Backend, chunk: Chunk) -> _Ends | None:
+    """Begin a chunk; None where the backend leaves it to ``move``."""
+    ends = _Ends()
+    ends.handle = backend.begin(chunk, ends.done)
+    return None if ends.handle is None else ends
+
+
+async def _begin_and_compare(backend: Backend, source: Arena, target: Arena, left: list[Row], right: list[Row]) -> None:
+    chunk = _chunk(source, target, left, right)
+    for seed in (1, 3):  # the same tables again: what a backend keeps of them must still be right
+        with _compared(backend, source, target, left, right, seed=seed):
+            ends = _begin(backend, chunk)
+            assert (await backend.move(chunk) if ends is None else await ends.get()) == chunk.nbytes
+
+
+async def _check_begun_fails(rig: Rig, pair: Pair) -> None:
+    arenas = rig.broken(pair)
+    if arenas is None:
+        return
+    before = rig.backend.statistics()
+    try:
+        ends = _begin(rig.backend, _chunk(*arenas, [(0, 4096)], [(0, 4096)]))
+        assert ends is None or isinstance(await ends.get(), XferdError)
+    finally:
+        for arena in arenas:
+            arena.close()
+    after = rig.backend.statistics()
+    assert (after.failures, after.busy) == (before.failures + (ends is not None), before.busy)
+
+
+async def _check_aborted(backend: Backend, source: Arena, target: Arena, turns: int) -> None:
+    source.fill(pattern(source.nbytes, 5))
+    target.fill(pattern(target.nbytes, 6))
+    whole = [(0, source.nbytes)]
+    begun = [_begin(backend, _chunk(source, target, whole, whole, f"b{number}")) for number in range(4)]
+    if None in begun:
+        return
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    for ends in begun:
+        ends.handle.abort()
+    outcomes = [await ends.get() for ends in begun]
+    rested = target.read()
+    assert all(end == source.nbytes or isinstance(end, Cancelled) for end in outcomes), outcomes
+    assert backend.statistics().busy == 0
+    for ends in begun:
+        ends.handle.abort()  # too late, and fine
+    last = source.nbytes - 1
+    slots = backend.slots(source.space, target.space)
+    await asyncio.gather(*(backend.move(_chunk(source, target, [(last, 1)], [(last, 1)])) for _ in range(slots)))
+    assert_same(target.read()[:last], rested[:last])
 
 
 def _check_now(backend: Backend, source: Arena, target: Arena, left: list[Row], right: list[Row]) -> None:

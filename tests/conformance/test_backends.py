@@ -19,6 +19,7 @@ from check_backend import (
     check_large,
     check_many_rows,
 )
+from device_rig import device_maker, gds_maker
 from tcp_rig import tcp_maker
 
 from xferd.plugins.base import FileSpace, SpaceKind
@@ -80,6 +81,7 @@ MAKERS = {
     "local-one-mover": maker_of(lambda: LocalBackend(LocalOptions(movers=1))),
     "posix": maker_of(lambda: PosixBackend(PosixOptions())),
     "posix-threads": maker_of(lambda: PosixBackend(PosixOptions(engine="threads"))),
+    "posix-unmapped": maker_of(lambda: PosixBackend(PosixOptions(mapped_reads=False))),
     "posix-shallow": maker_of(lambda: PosixBackend(PosixOptions(queue_depth=3, bounce=256 << 10))),
     "posix-direct": maker_of(lambda: PosixBackend(PosixOptions(direct=True))),
     "posix-direct-threads": maker_of(lambda: PosixBackend(PosixOptions(direct=True, engine="threads", movers=4))),
@@ -88,6 +90,9 @@ MAKERS = {
     "faulty-local": maker_of(faulty),
     "faulty-posix": maker_of(lambda: faulty(inner=PosixBackend(PosixOptions()))),
     "tcp": tcp_maker,
+    "cuda-simulated": device_maker(),
+    "cuda-simulated-bounce": device_maker(shares_host=False),
+    "gds-simulated": gds_maker(),
 }
 
 

@@ -21,8 +21,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from xferd.api.errors import ERROR_TABLE, XferdError
-from xferd.api.proto import xferd_v1_pb2 as pb
-from xferd.api.proto import xferd_v1_pb2_grpc as stubs
+from xferd.api.proto import xferd_v1_pb2 as pb, xferd_v1_pb2_grpc as stubs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

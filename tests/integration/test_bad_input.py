@@ -35,9 +35,7 @@ from xferd.api.errors import (
     Unauthenticated,
     Unsupported,
 )
-from xferd.api.proto import peer_v1_pb2 as peer_pb
-from xferd.api.proto import session_v1_pb2 as session_pb
-from xferd.api.proto import xferd_v1_pb2 as pb
+from xferd.api.proto import peer_v1_pb2 as peer_pb, session_v1_pb2 as session_pb, xferd_v1_pb2 as pb
 from xferd.clients import Client
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from xferd.clients.bench._app import run
 from xferd.clients.bench._cases import ECHO, EXPLAIN, NODE, WAITS, Case, Place
 from xferd.clients.bench._pace import Pace
 from xferd.clients.bench._stages import profile
+from xferd.clients.bench._store import Store
 from xferd.clients.bench._systems import systems_for
 from xferd.clients.bench._xferd import Xferd
 
@@ -105,6 +107,47 @@ def test_an_open_loop_makes_the_requests_that_arrive():
     assert record["pace"]["rate"] == 100.0
 
 
+FILES = (
+    Case(Place.LOCAL, "READ", 4096, 64, src="FILE_DIRECT", control="ring"),
+    Case(Place.LOCAL, "WRITE", 4096, 64, dst="FILE_DIRECT", control="ring", order="sequential"),
+    Case(Place.LOCAL, "READ", 4096, 64, src="FILE", control="ring"),
+    Case(Place.LOCAL, "WRITE", 4096, 64, dst="FILE", control="ring"),
+    Case(Place.LOCAL, "READ", 4096, 64, src="STORAGE", control="ring"),
+    Case(Place.LOCAL, "READ", 4096, 64, src="STORAGE_PLAIN", control="ring"),
+    Case(Place.LOCAL, "WRITE", 4096, 64, dst="STORAGE", control="ring"),
+    Case(Place.LOCAL, "READ", 4096, 64, src="OBJECT", control="ring"),
+    Case(Place.LOCAL, "WRITE", 64 << 10, 200, dst="OBJECT", control="grpc"),
+    Case(Place.TCP, "READ", 4096, 64, src="OBJECT", control="ring"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left")
+def test_files_storage_pools_and_objects_are_measured_and_verified():
+    """Objects of one request and of several parts; what cannot be here is refused with the reason."""
+    xferd = Xferd(FILES, Store(), ["backends.object.part=5MiB"])
+    able = [case for case in FILES if not xferd.refusal(case)]
+    rows, _ = run(FILES, systems_for(FILES, ["preadv", "obstore"], settings=["backends.object.part=5MiB"]), BRIEF)
+    own = {row.case: row for row in rows if row.system == "xferd"}
+    assert len(able) >= 6
+    assert set(own) == set(able)
+    assert all(row.verified for row in own.values())
+    assert own[FILES[2]].ratios["preadv"] > 0
+    assert own[FILES[4]].ratios["no checksum"] > 0
+    assert all(row.verified for row in rows if row.system == "preadv")
+    assert [row.case.op for row in rows if row.system == "obstore"].count("READ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.skipif(not shutil.which("fio"), reason="fio is not installed")
+def test_fio_runs_the_same_blocks():
+    rows, record = run(FILES[:3], systems_for(FILES[:3], ["fio"]), dataclasses.replace(BRIEF, rounds=1))
+    assert {row.case.src for row in rows if row.system == "fio"} <= {"FILE_DIRECT", "FILE", "DRAM"}
+    assert all(row.ratios["fio"] > 0 for row in rows if row.system == "xferd")
+    assert record["systems"]["fio"]["ioengine"] in ("io_uring", "libaio")
+
+
 class Forgetful(Xferd):
     """Says that it moved bytes, and did not."""
 
@@ -112,6 +155,24 @@ class Forgetful(Xferd):
         probe: MoveProbe = super().probe(case)  # type: ignore[assignment]
         probe.request = lambda: None  # type: ignore[method-assign]
         return probe
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left")
+def test_gpu_memory_is_measured_and_verified_beside_plain_copies():
+    """On a real GPU where there is one, on a simulated one elsewhere."""
+    one = dataclasses.replace(ONE, src="VRAM", dst="VRAM", control="ring")
+    cases = (
+        one,
+        dataclasses.replace(one, src="DRAM"),
+        dataclasses.replace(one, op="READ", dst="DRAM"),
+        dataclasses.replace(one, op="READ", place=Place.TCP),
+    )
+    rows, _ = run(cases, systems_for(cases, ["gpu-copy"]), BRIEF)
+    own = {row.case: row for row in rows if row.system == "xferd"}
+    assert set(own) == set(cases)
+    assert all(row.verified for row in own.values())
+    assert [case for case in cases if "gpu-copy" in own[case].ratios] == list(cases[:3]), "it knows one node only"
 
 
 @pytest.mark.slow
@@ -125,7 +186,7 @@ def test_bytes_that_did_not_arrive_are_noticed():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("control", ["ring", "grpc"])
+@pytest.mark.parametrize("control", ["ring", "threads", "grpc"])
 def test_a_profile_finds_every_stage(control):
     """The daemon's functions are known by name only: this is where a renamed one is noticed."""
     one = profile(control, 30)

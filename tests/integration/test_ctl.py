@@ -78,6 +78,7 @@ def owner(pair: tuple[DaemonProcess, DaemonProcess]) -> Iterator[Client]:
     ("verb", "path"),
     [
         ("pools", "/v1/pools"),
+        ("devices", "/v1/devices"),
         ("sessions", "/v1/sessions"),
         ("backends", "/v1/backends"),
         ("transfers", "/v1/transfers"),

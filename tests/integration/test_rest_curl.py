@@ -121,6 +121,8 @@ async def running(folder: Path, name: str) -> AsyncIterator[str]:
             f"node.name={name}",
             f'files.roots=["{folder / "root"}"]',
             "backends.object.stores.kv.url=memory:///",
+            "backends.cuda.driver=simulated",
+            'pools=[{name="host", nbytes="64MiB"}, {name="vram", kind="VRAM", nbytes="1MiB"}]',
             f'storage_pools=[{{name="ssd", nbytes="16MiB", slab_nbytes="8MiB", directories=[{{path="{disk}"}}]}}]',
         ]
         process = await asyncio.create_subprocess_exec(

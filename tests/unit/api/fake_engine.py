@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 READ_NBYTES = 1 << 20
+GPU_UUID = b"xferd-simulated\x00"
 
 
 @dataclass
@@ -112,6 +113,11 @@ class FakeEngine:
         self.paused = False
         self.files: dict[str, bytearray] = {}
         self.objects: dict[tuple[str, str], bytearray] = {}
+        self.gpus = [
+            t.DeviceInfo(0, GPU_UUID, "fake", "simulated", "", 1 << 30, 1 << 29, 1, 0, 4096, 0, 0.0, 0.0),
+            t.DeviceInfo(1, b"", "", "simulated", "device 1 of 1", 0, 0, 0, 0, 0, 0, 0.0, 0.0),
+        ]
+        self.device_handles: dict[t.RegionId, t.DeviceHandle] = {}
         self.peer_list: list[t.PeerInfo] = []
         self.imported: dict[str, t.RegionListing] = {}
         self.live_reason = ""
@@ -257,6 +263,18 @@ class FakeEngine:
     async def allocate(self, caller: t.Caller, request: t.AllocateRequest) -> t.RegionListing:
         await self._enter("allocate")
         self._check_ready()
+        if request.pool == "vram":
+            made = self._add(
+                caller,
+                bytearray(sum(request.nbytes)),
+                t.RegionSource.POOL,
+                request.access,
+                request.label,
+                kind=t.MemoryKind.VRAM,
+                pool="vram",
+            )
+            self.device_handles[made.id] = t.DeviceHandle(GPU_UUID, b"v" * 64, 1 << 20, 0, "simulated")
+            return t.RegionListing(self.name, self.epoch, (made,))
         if request.pool not in ("", "host"):
             raise NotFound(f"pool {request.pool!r}", limit="host", remedy="name a configured pool")
         if not request.nbytes or not all(request.nbytes):
@@ -351,6 +369,42 @@ class FakeEngine:
             writable=request.writable,
             path=f"{request.store}/{request.key}",
         )
+
+    async def register_device(self, caller: t.Caller, request: t.RegisterDeviceRequest) -> t.RegionInfo:
+        await self._enter("register_device")
+        gpu = next((d for d in self.gpus if d.device_uuid == request.device_uuid), None)
+        if gpu is None:
+            raise NotFound("no GPU of this UUID", limit="the GPUs of this node", remedy="list them")
+        nbytes = request.nbytes or request.allocation_nbytes - request.offset
+        info = self._add(
+            caller,
+            bytearray(nbytes),
+            t.RegionSource.DEVICE,
+            request.access,
+            request.label,
+            kind=t.MemoryKind.VRAM,
+            writable=request.writable,
+        )
+        self.device_handles[info.id] = t.DeviceHandle(
+            request.device_uuid, request.handle, request.allocation_nbytes, request.offset, gpu.driver
+        )
+        return info
+
+    async def export_device(self, caller: t.Caller, region: t.RegionId) -> t.DeviceHandle:
+        await self._enter("export_device")
+        self._session(caller)
+        try:
+            return self.device_handles[region]
+        except KeyError:
+            raise InvalidArgument(f"region {region} is no GPU memory", remedy="name one that is") from None
+
+    def devices(self) -> list[t.DeviceInfo]:
+        return list(self.gpus)
+
+    async def open_device_event(self, caller: t.Caller, device: int, handle: bytes) -> t.DeviceEvent:
+        await self._enter("open_device_event")
+        self._session(caller)
+        return t.DeviceEvent(next(self._ids), b"" if handle else bytes([device]) * 64)
 
     async def query(self, caller: t.Caller, items: Sequence[t.QueryItem]) -> list[t.QueryResult]:
         await self._enter("query")

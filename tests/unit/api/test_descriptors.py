@@ -6,8 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api import descriptors as d
 from xferd.api.errors import InvalidDescriptor, LimitExceeded, OutOfBounds, SizeMismatch

@@ -13,8 +13,7 @@ import pytest
 from fake_engine import FakeEngine
 from grpc_harness import Client, attached, column, columns, failure, serving
 
-from xferd.api import errors, wire
-from xferd.api import types as t
+from xferd.api import errors, types as t, wire
 from xferd.api.proto import xferd_v1_pb2 as pb
 
 if TYPE_CHECKING:

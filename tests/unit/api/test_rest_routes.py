@@ -94,6 +94,21 @@ async def test_every_route_answers_as_declared(rest: Rest) -> None:
     assert (await rest("GET", "/v1/stores/s/objects")).json["objects"] == []
     assert (await rest("DELETE", f"/v1/regions/{record['id']}", token=token)).status == 204
 
+    gpu = (await rest("GET", "/v1/devices")).json["devices"]
+    assert [(info["index"], info["reason"]) for info in gpu] == [(0, ""), (1, "device 1 of 1")]
+    handle = base64.b64encode(b"h" * 64).decode()
+    exported = {"device_uuid": gpu[0]["device_uuid"], "handle": handle, "allocation_nbytes": 8192, "offset": 4096}
+    (record,) = (await rest("POST", "/v1/regions", {"kind": "device", **exported}, token=token)).json["regions"]
+    assert (record["kind"], record["source"], record["nbytes"]) == ("VRAM", "DEVICE", 4096)
+    told = (await rest("GET", f"/v1/regions/{record['id']}/export", token=token)).json
+    assert told == {**exported, "driver": "simulated"}
+    assert (await rest("GET", f"/v1/regions/{source}/export", token=token)).code == "invalid_argument"
+    assert (await rest("POST", "/v1/devices/0/events", {"handle": handle}, token=token)).json["handle"] == ""
+    made = (await rest("POST", "/v1/devices/0/events", token=token)).json
+    assert made["event"] > 0
+    assert made["handle"]
+    assert (await rest("DELETE", f"/v1/regions/{record['id']}", token=token)).status == 204
+
     prepared = (await rest("POST", "/v1/prepared", span(source, 64), token=token)).json
     assert (prepared["count"], prepared["total_nbytes"]) == (1, 64)
     assert (await rest("DELETE", f"/v1/prepared/{prepared['handle']}", token=token)).status == 204

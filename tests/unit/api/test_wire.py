@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from xferd.api import errors, wire
-from xferd.api import types as t
+from xferd.api import errors, types as t, wire
 from xferd.api.descriptors import DescriptorList, PreparedRef, Run
 from xferd.api.errors import InvalidArgument, InvalidDescriptor, LimitExceeded, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
@@ -98,6 +96,15 @@ ROUND_TRIPS = {
     "object_page": st.builds(
         t.ObjectPage, st.lists(st.builds(t.ObjectEntry, names, u64, seconds, names), max_size=3).map(tuple), names
     ),
+    "register_device": st.builds(
+        t.RegisterDeviceRequest, st.binary(), u64, st.binary(), u64, u64, accesses, names, st.booleans()
+    ),
+    "register_device_fd": st.builds(
+        t.RegisterDeviceRequest, st.binary(), u64, st.just(b""), u64, u64, accesses, names, st.booleans()
+    ),
+    "device_handle": st.builds(t.DeviceHandle, st.binary(), st.binary(), u64, u64, names),
+    "device": st.builds(t.DeviceInfo, u32, st.binary(), *[names] * 3, u64, u64, u32, *[u64] * 3, seconds, seconds),
+    "device_event": st.builds(t.DeviceEvent, u64, st.binary()),
     "hand_over": st.builds(
         t.HandOverRequest, st.lists(ids).map(tuple), names, st.binary(), st.none() | accesses, names
     ),

@@ -47,6 +47,7 @@ class MappedEngine(FakeEngine):
         self.used = 0
         self.is_mappable = True
         self.maps = 0
+        self.passed_nbytes = 0
 
     def close(self) -> None:
         os.close(self.fd)
@@ -92,6 +93,11 @@ class MappedEngine(FakeEngine):
             os.close(fd)
         kind = t.MemoryKind.FILE
         return self._add(caller, data, t.RegionSource.FD, access, label, kind=kind, writable=writable)
+
+    async def register_device_fd(self, caller: t.Caller, fd: int, request: t.RegisterDeviceRequest) -> t.RegionInfo:
+        self.passed_nbytes = os.fstat(fd).st_size
+        os.close(fd)
+        return await self.register_device(caller, request)
 
     def open_ring(self, caller: t.Caller, version: int, sizes: RingSizes) -> tuple[int, tuple[int, ...]]:
         raise Unsupported("this engine has no rings")

@@ -6,8 +6,7 @@ import base64
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api.errors import InvalidArgument
 from xferd.clients.bench._app import main, parser

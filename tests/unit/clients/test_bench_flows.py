@@ -6,8 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.clients.bench._cases import SCHEMES, Case, Place
 from xferd.clients.bench._flows import (

@@ -6,8 +6,7 @@ from multiprocessing.connection import Pipe
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api.errors import Unsupported
 from xferd.clients.bench._cases import Case, Place

@@ -104,7 +104,6 @@ def test_a_system_that_is_missing_is_named_with_what_to_install(capsys, monkeypa
     ("change", "why"),
     [
         ({"src": "OBJECT"}, "OBJECT"),
-        ({"dst": "VRAM"}, "VRAM"),
         ({"prepared": "no"}, "whole lists go by gRPC"),
         ({"control": "grpc", "wait": "poll"}, "only a ring"),
         ({"scheme": "star"}, "star"),

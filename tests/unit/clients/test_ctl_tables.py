@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,6 +53,8 @@ FAILED = t.TransferStatus(
     t.TransferId("f00d"), "k", t.TransferOp.READ, t.TransferState.FAILED, t.Priority.HIGH, "c1", "a", "b", "prefill",
     PeerLost("node b went away", remedy="wait", routes_tried=("tcp: reset",)), TELEMETRY,
 )  # fmt: skip
+GPU = t.DeviceInfo(0, b"\x01" * 16, "A100", "cuda", "", 80 << 30, 64 << 30, 3, 1, 64 << 20, 5 << 30, 0.25, 1.5)
+NO_GPU = t.DeviceInfo(1, b"", "", "cuda", "no such GPU", 0, 0, 0, 0, 0, 0, 0.0, 0.0)
 HOLD = t.HoldInfo("region", "7", "s1", "POOL 4096 bytes", NOW - 7200, 0.0)
 EXPLANATION = t.Explanation(
     HOPS, ("local: cannot move file to remote", "posix+tcp: through staging memory"), 3, 6, 4096
@@ -61,6 +64,7 @@ ESTIMATE = t.Estimate(0.0123, 2.5e9, "measured", HOPS)
 VIEWS: dict[str, tuple[object, RenderableType]] = {
     "status": (STATUS, _tables.status(STATUS)),
     "pools": ({"pools": [POOL]}, _tables.pools([POOL])),
+    "devices": ({"devices": [GPU]}, _tables.devices([GPU])),
     "sessions": ({"sessions": [SESSION]}, _tables.sessions([SESSION, REST_SESSION], NOW)),
     "peers": ({"peers": [PEER]}, _tables.peers([PEER], NOW)),
     "regions": ({"regions": [REGION]}, _tables.regions([REGION])),
@@ -84,6 +88,25 @@ def test_pools_are_aligned_under_their_heads() -> None:
         "POOL  KIND     SIZE      USED  USED%     FREE   LARGEST  FRAG     PEAK  REGIONS  FAILED  HUGE\n"
         "host  DRAM  256 MiB  64.0 MiB    25%  192 MiB  96.0 MiB  0.50  128 MiB        3       1   0 B\n"
     )
+
+
+def test_pools_of_gpus_say_which_and_what_is_wrong() -> None:
+    vram = replace(POOL, name="vram", kind=t.MemoryKind.VRAM, device=1, reason="no room")
+    head, host, gpu = shown(_tables.pools([POOL, vram]), width=150).splitlines()
+    assert head.endswith("HUGE  REASON")
+    assert (gpu.split()[:2], gpu[head.index("REASON") :]) == (["vram", "VRAM(1)"], "no room")
+    assert len(host) <= len(gpu)
+
+
+def test_gpus_are_aligned_under_their_heads() -> None:
+    head, good, bad = shown(_tables.devices([GPU, NO_GPU]), width=150).splitlines()
+    for line, state in ((good, "READY"), (bad, "no such GPU")):
+        assert line[head.index("STATE") :] == state
+    sizes = ["80.0", "GiB", "64.0", "GiB", "3", "1", "64.0", "MiB", "5.00", "GiB", "250", "ms", "1.5", "s"]
+    assert good[: head.index("STATE")].split() == ["0", "A100", "cuda", *sizes]
+    for column in ("MEMORY", "FREE", "WORKERS", "PINNED", "MOVED"):
+        end = head.index(column) + len(column)
+        assert good[end - 1] != " ", column
 
 
 def test_the_status_is_a_block_of_names_and_values() -> None:
@@ -141,6 +164,7 @@ def test_a_narrow_terminal_gets_no_longer_lines(name: str) -> None:
     [
         (STATUS, STATUS),
         ({"pools": [POOL]}, _answers.PoolList((POOL,))),
+        ({"devices": [GPU]}, _answers.DeviceList((GPU,))),
         ({"sessions": [SESSION]}, _answers.SessionList((SESSION,))),
         ({"agents": [{"address": "x@a", "node": "a"}]}, _answers.AgentList((_answers.Agent("x@a", "a"),))),
         ({"peers": [PEER]}, _answers.PeerList((PEER,))),

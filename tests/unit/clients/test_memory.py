@@ -6,8 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api.errors import Closed, InvalidArgument, InvalidDescriptor, OutOfBounds, Unsupported
 from xferd.api.types import Access, MemoryKind, RegionId, RegionInfo, RegionSource

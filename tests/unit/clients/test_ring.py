@@ -9,13 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from ring_stub import CANCELLED, DONE, FAILED, POSTED, PREPARED, SMALL, RingStub
 
-from xferd.api import ring as layout
-from xferd.api import types as t
-from xferd.api import wire
+from xferd.api import ring as layout, types as t, wire
 from xferd.api.errors import (
     InvalidState,
     NotFound,

@@ -12,9 +12,17 @@ from typing import Self
 import pytest
 from ring_stub import PREPARED, AsyncStillSocket, RingStub, StillSocket
 
-from xferd.api import types as t
-from xferd.api import wire
-from xferd.api.errors import Closed, InvalidState, OutOfBounds, ProtocolViolation, Stale, Unavailable, XferdError
+from xferd.api import types as t, wire
+from xferd.api.errors import (
+    Closed,
+    InvalidState,
+    NotFound,
+    OutOfBounds,
+    ProtocolViolation,
+    Stale,
+    Unavailable,
+    XferdError,
+)
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.api.ring import Kind, Opcode, RingSizes, RingState
 from xferd.clients._aio_ring import AsyncRing
@@ -197,6 +205,31 @@ def test_a_running_transfer_is_not_posted(stub, ring):
         with pytest.raises(InvalidState, match="cannot be posted"):
             ring.post(transfer, 0.0)
         assert len(server.seen) == 1
+
+
+def test_a_post_that_waits_is_not_told_of_its_acceptance_and_asks_for_it_when_its_time_is_over(stub, ring):
+    """A refusal would have come before the answer to what was submitted later."""
+    refusal = wire.error_to_detail(Stale("gone")).SerializeToString()
+
+    def answer(stub: RingStub, entry: tuple[int, ...]) -> None:
+        if entry[1] == POST:
+            assert not entry[4] & 2
+            if entry[6] == 0x1002:
+                time.sleep(0.05)  # longer than it is waited for
+                stub.tell(entry[0], Kind.REFUSED, detail=refusal)
+        elif entry[1] == CANCEL:
+            assert entry[6] == 0
+            stub.tell(entry[0], Kind.REFUSED, detail=wire.error_to_detail(NotFound("none")).SerializeToString())
+        else:
+            done(stub, entry)
+
+    with Server(stub, answer) as server:
+        first, second = (TransferBase(ring.start("READ", LOCAL, REMOTE, {}, hold=True, wait_s=0.0)) for _ in range(2))
+        track = ring.post(first, 0.01)
+        assert track.status.state is t.TransferState.POSTED
+        assert [entry[1] for entry in server.seen[2:]] == [POST, CANCEL]
+        with pytest.raises(Stale, match="gone"):
+            ring.post(second, 0.01)
 
 
 def test_a_full_queue_is_waited_for(stub, ring):

@@ -18,8 +18,7 @@ from xferd.api.errors import (
     Unavailable,
     XferdError,
 )
-from xferd.api.proto import session_v1_pb2 as sp
-from xferd.api.proto import xferd_v1_pb2 as pb
+from xferd.api.proto import session_v1_pb2 as sp, xferd_v1_pb2 as pb
 from xferd.clients._aio_session_socket import AsyncSessionSocket
 from xferd.clients._session_socket import Place, SessionSocket, find_place, hello, map_pool, open_socket
 

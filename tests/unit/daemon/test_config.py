@@ -6,8 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
@@ -159,6 +158,12 @@ def test_all_problems_at_once():
         (["metadata.etcd.namespace=xferd"], "must begin with /"),
         (['pools=[{name="a"}, {name="a"}]'], "2 pools have the name 'a'"),
         (["pools=[]"], "one pool at least"),
+        (['pools=[{kind="VRAM"}]'], "add a section [backends.cuda]"),
+        (["backends.cuda.devices=[0]", 'pools=[{kind="VRAM", device=1}]'], "GPU 1 is none of backends.cuda.devices"),
+        (["backends.cuda={}", 'pools=[{kind="VRAM", nbytes="1TiB"}]'], "less than 1 TiB"),
+        (["backends.cuda={}", 'pools=[{kind="VRAM", huge_pages=true}]'], "no pages of this machine"),
+        (["backends.cuda={}", 'pools=[{kind="VRAM", collapse="off"}]'], "no pages of this machine"),
+        (["pools=[{device=1}]"], "set kind = 'VRAM'"),
         (['storage_pools=[{name="host", directories=[{path="/a"}], nbytes=4096}]'], "2 pools have the name 'host'"),
         (['storage_pools=[{name="s", directories=[], nbytes=4096}]'], "name a directory at least"),
         (['storage_pools=[{name="s", directories=[{path="a"}], nbytes=4096}]'], "is not absolute"),
@@ -400,7 +405,7 @@ def test_the_documentation_has_every_key_with_its_default():
     expected = {key.path: key for key in keys()}
     for option in StoreOptions.model_fields:
         assert f"backends.object.stores.NAME.{option}" in documented
-    for name in ("local", "posix", "tcp", "object", "faulty"):
+    for name in ("local", "posix", "tcp", "ucx", "object", "cuda", "faulty"):
         for option in load_backend(name).options.model_fields:
             assert f"backends.{name}.{option}" in documented
     assert set(expected) == {path for path in documented if not path.startswith("backends.")}

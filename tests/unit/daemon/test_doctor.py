@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from xferd.api.types import CheckState, MemoryKind, NodeInfo, PeerInfo, PeerState, PoolInfo
+from xferd.api.types import (
+    CheckState,
+    DeviceInfo,
+    MemoryKind,
+    NodeInfo,
+    PeerInfo,
+    PeerState,
+    PoolInfo,
+    StorageDirectoryInfo,
+    StorageInfo,
+)
 from xferd.daemon.doctor import Facts, PathFact, PortFact, diagnose
 from xferd.daemon.doctor_facts import look_at
+from xferd.daemon.doctor_storage import StoreFact, look_at_stores
 from xferd.metadata.base import LeaseView
 
 if TYPE_CHECKING:
@@ -19,6 +31,11 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 POOL = PoolInfo("host", MemoryKind.DRAM, 256 * MIB, 0, 256 * MIB, 256 * MIB, 0.0, 0, 0, 0, True)
+DIRECTORY = StorageDirectoryInfo("/mnt/d", "u", 1.0, MIB, 0, 1, 0, 0, 0, "", True, 0, 0, 0)
+STORAGE = StorageInfo("ssd", "xxh3", False, 4096, 1, 1, MIB, MIB, 0, MIB, 0, 0, 0, 0, 0, 0.0, (DIRECTORY,))
+
+
+GPU = DeviceInfo(0, b"u" * 16, "A100", "cuda", "", 80 << 30, 70 << 30, 1, 0, 0, 0, 0.0, 0.0)
 
 
 def peer(name: str, state: PeerState = PeerState.READY, version: str = "0.1.0", epoch: int = 1) -> PeerInfo:
@@ -51,6 +68,9 @@ HEALTHY = Facts(
     huge_pages_total=0,
     huge_pages_free=0,
     pools=(POOL,),
+    storage=(STORAGE,),
+    stores=(StoreFact("kv"),),
+    devices=(),
     staging_slots=8,
     staging_free=8,
     staging_waiting=0,
@@ -106,7 +126,19 @@ def test_a_healthy_node_has_nothing_wrong() -> None:
         ({"ptrace_scope": 3, "uid": 0}, "ptrace", "WARN", "a reboot"),
         ({**HUGE, "huge_pages_total": 100}, "huge-pages", "FAIL", "vm.nr_hugepages=128"),
         ({"pools": (replace(POOL, free_nbytes=0),)}, "pools", "WARN", "xferctl holds"),
+        ({"pools": (replace(POOL, reason="no room"),)}, "pools", "WARN", "cannot be allocated from: no room"),
+        ({"devices": (replace(GPU, reason="no libcuda"),)}, "devices", "WARN", "GPU 0 cannot be used: no libcuda"),
+        ({"devices": (replace(GPU, worker_restarts=2),)}, "devices", "WARN", "2 workers ended"),
         ({"pools": (replace(POOL, failed_allocations=3),)}, "pools", "WARN", "3 groups found no room"),
+        ({"storage": (replace(STORAGE, damaged_blocks=3),)}, "storage", "FAIL", "3 blocks are not what was sealed"),
+        (
+            {"storage": (replace(STORAGE, directories=(replace(DIRECTORY, failure="fdatasync: EIO"),)),)},
+            "storage",
+            "FAIL",
+            "/mnt/d takes no changes any more: fdatasync: EIO",
+        ),
+        ({"stores": (StoreFact("kv", "there is no such bucket", "create it"),)}, "stores", "FAIL", "no such bucket"),
+        ({"stores": (StoreFact("kv", "not allowed", may_list=False),)}, "stores", "WARN", "s3:ListBucket"),
         ({"staging_free": 0, "staging_waiting": 2}, "staging", "WARN", "2 transfers wait"),
         ({"paths": (PathFact("files.roots", "/x", "directory", "No such file"),)}, "files.roots", "FAIL", "No such"),
         ({"paths": (PathFact("grpc.socket", "/x", "socket", "No such file"),)}, "grpc.socket", "FAIL", "restart"),
@@ -177,3 +209,25 @@ def test_a_look_at_a_path_never_fails(tmp_path: Path) -> None:
     assert (found.error, stat.S_IMODE(found.mode), found.uid, found.is_accessible) == ("", 0o640, os.geteuid(), True)
     assert look_at("files.roots", str(tmp_path / "none"), "directory").error == "No such file or directory"
     assert look_at("files.roots", str(file / "below"), "directory").error == "Not a directory"
+
+
+async def test_stores_are_asked_and_one_that_hangs_holds_up_nothing(tmp_path: Path) -> None:
+    """A directory that is there answers; a port where nobody ever answers is a fact after the time that was given."""
+    pytest.importorskip("obstore")
+    from xferd.plugins.object import ObjectBackend, ObjectOptions  # the extra may be missing
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        stores = {
+            "disk": {"url": f"file://{tmp_path}"},
+            "hangs": {"url": "s3://b", "endpoint": endpoint, "allow_http": True, "anonymous": True, "region": "x"},
+        }
+        backend = ObjectBackend(ObjectOptions.model_validate({"stores": stores}))
+        await backend.start()
+        try:
+            disk, hangs = await look_at_stores(backend, 0.3)
+        finally:
+            await backend.aclose()
+    assert disk == StoreFact("disk")
+    assert hangs.error == "no answer within 0.3 s"
+    assert await look_at_stores(None, 0.3) == ()

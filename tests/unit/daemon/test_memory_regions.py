@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from xferd.api.descriptors import DescriptorList
 from xferd.api.errors import (
@@ -286,6 +285,38 @@ def test_only_the_owner_removes(table: RegionTable) -> None:
     with pytest.raises(PermissionDenied, match="agent-s-bob"):
         table.remove(ALICE, [mine, foreign])
     assert len(table) == 2
+
+
+def test_what_was_held_is_held_again_without_a_look(table: RegionTable) -> None:
+    one, *more = (add(table).id for _ in range(4))
+    table.hold([one], "t", "moves", OWNER, write=False)
+    table.hold(more, "t", "moves", OWNER, write=True)
+    standing = table.standing("t")
+    table.release("t")
+    add(table)  # what is new takes nothing away
+    assert table.hold_again(standing)
+    with pytest.raises(Busy, match="held by t"):
+        table.remove(ALICE, more[:1])
+    table.check_invariants()
+    table.release("t")
+    table.remove(ALICE, [one, *more])
+
+
+@pytest.mark.parametrize("change", ["freed", "given", "retired"])
+def test_what_has_changed_is_not_held_again(table: RegionTable, change: str) -> None:
+    held, other = add(table).id, add(table).id
+    table.hold([held], "t", "moves", OWNER, write=True)
+    standing = table.standing("t")
+    table.release("t")
+    match change:
+        case "freed":
+            table.remove(ALICE, [held])
+        case "given":
+            table.move([held], BOB)
+        case _:
+            table.retire(ALICE)
+    assert not table.hold_again(standing)
+    assert table.holders(other) == table.holders(held) == ()
 
 
 def test_holds_and_registrations_are_listed() -> None:

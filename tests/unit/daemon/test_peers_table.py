@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api.types import MemoryKind, NodeInfo, PeerState
 from xferd.daemon.peers.regions import RemoteRegions

@@ -9,11 +9,9 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from xferd.api import ring as layout
-from xferd.api import wire
+from xferd.api import ring as layout, wire
 from xferd.api.errors import InvalidArgument, InvalidState, LimitExceeded, NotFound, Unavailable, Unsupported
 from xferd.api.proto import xferd_v1_pb2 as pb
 from xferd.api.proto.session_v1_pb2 import RingOptions

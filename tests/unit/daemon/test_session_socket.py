@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 import uvloop
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from xferd.api import wire
 from xferd.api.errors import AlreadyExists, Closed, ConfigError, InvalidArgument, NotFound, XferdError

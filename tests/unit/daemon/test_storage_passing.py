@@ -7,8 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from storage_rig import KIB, damage, extent, opened, pattern, span
 
 from xferd.api.errors import IntegrityError

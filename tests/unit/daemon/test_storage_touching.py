@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from storage_rig import extent
 
 from xferd.daemon.storage.catalogue import ALIGN_NBYTES

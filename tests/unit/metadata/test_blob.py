@@ -7,8 +7,7 @@ import hashlib
 import struct
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from xferd.api.errors import InvalidArgument, LimitExceeded
 from xferd.api.types import Access, MemoryKind, NodeInfo, RegionId, RegionInfo, RegionSource

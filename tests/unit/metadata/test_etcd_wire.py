@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.metadata._etcd_wire import ALL_KEYS_END, Endpoint, full_jitter, prefix_range_end
 

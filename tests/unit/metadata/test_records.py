@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import structlog
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api.types import MemoryKind, NodeInfo
 from xferd.metadata.records import MAX_RECORD_NBYTES, node_from_bytes, node_to_bytes

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from arenas import FileArena, MappedArena, ProcessArena
 from check_backend import pattern
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api.errors import Closed, MoveFailed, PeerLost, ShortTransfer, XferdError
 from xferd.plugins.base import Backend, BackendStatistics, Chunk, Extent, MappedSpace, RemoteSpace, SpaceKind

@@ -70,7 +70,7 @@ def test_unknown_name_lists_the_known_ones(install):
     install("xferd_ours", ["ours = xferd_ours:Ours"])
     with pytest.raises(ConfigError, match="no backend is called 'lokal'") as caught:
         create_backends({"lokal": {}})
-    assert caught.value.limit == "one of local, posix, tcp, object, faulty, ours"
+    assert caught.value.limit == "one of local, posix, tcp, ucx, object, cuda, gds, faulty, ours"
     assert "[backends.lokal]" in caught.value.remedy
 
 

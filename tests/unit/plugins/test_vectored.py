@@ -8,8 +8,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xferd.api.errors import MoveFailed, ShortTransfer
 from xferd.plugins import vectored

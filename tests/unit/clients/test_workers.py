@@ -4,7 +4,7 @@ from io import BytesIO
 
 import pytest
 
-from xferd.clients.demo.workers import Worker, WorkerFailed
+from xferd.clients.workers import Worker, WorkerFailed
 
 pytestmark = pytest.mark.slow  # each starts an interpreter
 

@@ -1,4 +1,4 @@
-"""Processes that do one part of the demonstration each, called by name over a pipe.
+"""Processes that hold one object each, called by name over a pipe: the parts of a demonstration, or of a benchmark.
 
 Each is a fresh interpreter: nothing of gRPC or torch lives through a fork. A worker ends when its pipe does, so it
 does not outlive whoever started it. What a worker raises goes to the standard error stream, and ends it.
@@ -39,7 +39,7 @@ class Worker:
     def __init__(self, name: str, make: Callable[[], AbstractContextManager[Any]]) -> None:
         self._name = name
         self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(target=_serve, args=(theirs, make), name=f"demo-{name}", daemon=True)
+        self._process = _context.Process(target=_serve, args=(theirs, make), name=f"worker-{name}", daemon=True)
         # Inherited, so that Ctrl-C stays with us, who then stop the worker; it ignores the signal once it is up, too,
         # because multiprocessing lifts the mask when it starts its own helper process, with the first worker.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

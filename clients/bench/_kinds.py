@@ -1,0 +1,170 @@
+"""Memory kinds: one table of what there is, what a client process does to have a region of it, and why not.
+
+A new kind is a row of ``KINDS``. Bytes that a process cannot map (objects, storage pools) are stamped and looked at in
+a copy, which transfers of its own bring there and back.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from xferd.api.types import Access
+from xferd.clients.bench._owned import Owned
+from xferd.clients.bench._vram import make_vram
+from xferd.clients.memory import map_shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xferd.clients.sync import Client, Region
+
+STORE = "bench"
+"""Name of the object store in the daemons of a run."""
+
+SUMMED_POOL, PLAIN_POOL = "summed", "plain"
+"""Names of their storage pools: with checksums that are compared at each read, and without."""
+
+
+Make: TypeAlias = "Callable[[Client, int], Owned]"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What regions can be of.
+
+    Attributes:
+        name: on the command line.
+        make: makes a region of so many bytes that others may read and write; it goes with the session.
+        refusal: says why there is none on this machine, "" if there is.
+        is_host: memory of the host, which systems without a daemon have of one kind only.
+        is_pooled: takes as much of the daemon's host pool.
+        is_whole: is written as a whole or not at all, so that a region is of the size of one request.
+        is_stored: is in a storage pool of the daemons.
+        is_device: is memory of a GPU, a simulated one where there is none.
+        plain: the kind that is the same without checksums, "" where it has none.
+    """
+
+    name: str
+    make: Make
+    refusal: Callable[[], str] = lambda: ""
+    is_host: bool = False
+    is_pooled: bool = False
+    is_whole: bool = False
+    is_stored: bool = False
+    is_device: bool = False
+    plain: str = ""
+
+
+def _pool(client: Client, nbytes: int) -> Owned:
+    region = client.allocate(nbytes, access=Access.READ_WRITE, label="bench")
+    return Owned(region, region.array())
+
+
+def _memfd(client: Client, nbytes: int) -> Owned:
+    region = client.register_memfd(nbytes, access=Access.READ_WRITE, label="bench")
+    return Owned(region, region.array())
+
+
+def _private(client: Client, nbytes: int) -> Owned:
+    memory = np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    memory[:] = 1  # present, and not all one page of zeros
+    return Owned(client.register(memory, access=Access.READ_WRITE, label="bench"), memory)
+
+
+def _file(client: Client, nbytes: int) -> Owned:
+    """Make a file without a name, which goes with its last user, and register it by descriptor."""
+    with tempfile.TemporaryFile(prefix="xferbench-") as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        memory = map_shared(file.fileno(), nbytes)
+        region = client.register_fd(file.fileno(), writable=True, access=Access.READ_WRITE, label="bench")
+    return Owned(region, memory)
+
+
+def _direct_file(client: Client, nbytes: int) -> Owned:
+    """Make such a file, and register a descriptor with O_DIRECT, which the daemon then moves past the page cache."""
+    with tempfile.TemporaryFile(prefix="xferbench-") as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        memory = map_shared(file.fileno(), nbytes)
+        fd = open_direct(file.fileno())
+        region = client.register_fd(fd, writable=True, access=Access.READ_WRITE, label="bench")
+    # Written back before anything is timed. The descriptor ends with this process, as all of it does.
+    return Owned(region, memory, push=lambda: os.fsync(fd))
+
+
+def open_direct(fd: int) -> int:
+    """Return another descriptor of a file, with O_DIRECT; the caller closes it. Raises OSError where there is none."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+
+
+def direct_refusal() -> str:
+    """Return why files cannot be moved past the page cache here, or ""."""
+    with tempfile.TemporaryFile(prefix="xferbench-") as file:
+        try:
+            os.close(open_direct(file.fileno()))
+        except OSError as exc:
+            return f"files in {tempfile.gettempdir()} have no O_DIRECT ({exc.strerror}): set TMPDIR to a disk"
+    return ""
+
+
+def _object(client: Client, nbytes: int) -> Owned:
+    key = f"{client.agent}-{nbytes}"
+    region = client.register_object(
+        STORE, key, nbytes=nbytes, writable=True, create=True, access=Access.READ_WRITE, label="bench"
+    )
+    return _copied(client, region, nbytes)
+
+
+def _object_refusal() -> str:
+    return "" if find_spec("obstore") else "obstore is not installed: pip install 'xferd[object]'"
+
+
+def _stored(pool: str) -> Make:
+    def make(client: Client, nbytes: int) -> Owned:
+        return _copied(client, client.allocate(nbytes, pool, access=Access.READ_WRITE, label="bench"), nbytes)
+
+    return make
+
+
+def _copied(client: Client, region: Region, nbytes: int) -> Owned:
+    copy = client.allocate(nbytes, label="bench copy")
+    return Owned(
+        region,
+        copy.array(),
+        push=lambda: client.write(copy.whole(), region.whole()),
+        pull=lambda: client.read(copy.whole(), region.whole()),
+    )
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("DRAM", _pool, is_host=True, is_pooled=True),
+        Kind("MEMFD", _memfd, is_host=True),
+        Kind("PRIVATE", _private, is_host=True),
+        Kind("FILE", _file),
+        Kind("FILE_DIRECT", _direct_file, direct_refusal),
+        Kind("STORAGE", _stored(SUMMED_POOL), is_pooled=True, is_stored=True, plain="STORAGE_PLAIN"),
+        Kind("STORAGE_PLAIN", _stored(PLAIN_POOL), is_pooled=True, is_stored=True),
+        Kind("OBJECT", _object, _object_refusal, is_pooled=True, is_whole=True),
+        Kind("VRAM", make_vram, is_device=True),
+    )
+}
+"""DRAM is a pool's, MEMFD a client's memory file, PRIVATE a client's own. FILE goes through the page cache, FILE_DIRECT
+past it; STORAGE is of a storage pool, OBJECT an object in a store, VRAM a client's memory of a GPU."""
+
+
+def kind_of(name: str) -> Kind:
+    """Return the kind of a region's name, which may have the size of a request behind a slash."""
+    return KINDS[name.partition("/")[0]]
+
+
+def region_name(kind: str, request_nbytes: int) -> str:
+    """Return under what name a process keeps a region: with the size where it depends on it."""
+    return f"{kind}/{request_nbytes}" if KINDS[kind].is_whole else kind

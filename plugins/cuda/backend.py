@@ -1,0 +1,396 @@
+"""The ``cuda`` backend: GPU memory to GPU memory and to host memory, by worker processes.
+
+The daemon has no CUDA context and maps no libcuda: a stuck call, a crash, a dead client's mapping all end with a
+worker. Files, objects, private memory and other nodes reach GPU memory through staging memory, which the planner
+arranges.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from xferd.api.errors import Cancelled, Closed, DeviceLost, InvalidArgument, MoveFailed, Unavailable, XferdError
+from xferd.plugins.base import Backend, BackendStatistics, Begun, DeviceSpace, FileSpace, MappedSpace, SpaceKind
+from xferd.plugins.cuda.bounce import HostBounce
+from xferd.plugins.cuda.layout import Engine, Outcome, Side
+from xferd.plugins.cuda.manager import PEERS, DeviceManager, allocations_of
+from xferd.plugins.cuda.options import CudaOptions
+from xferd.plugins.cuda.process import Command, Told
+from xferd.plugins.devices import DeviceMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from xferd.plugins.base import Chunk, Extent, Space
+    from xferd.plugins.cuda.manager import Segment
+    from xferd.plugins.cuda.process import WorkerProcess
+    from xferd.plugins.devices import DeviceExport, DeviceFacts
+
+# Measured on one H100: a kernel over 1024 x 4 KiB in 35 us with its table; 720 GB/s for 64 KiB x 1024, 50 over the bus.
+_START_S = 60e-6
+_PIECE_S = 15e-9
+_DEVICE_NBYTES_PER_S = 700e9
+_HOST_NBYTES_PER_S = 45e9
+
+MAX_CHUNK_NBYTES = 256 << 20
+MAX_CHUNK_ROWS = 65536
+"""Between GPU memories: a chunk of less would cost more to start than to move."""
+
+MAX_TRIES = 8
+"""Times that one chunk is sent: a worker may miss memory, then not have kept its table; each miss is provided for."""
+
+_PAIRS = frozenset(
+    {
+        (SpaceKind.DEVICE, SpaceKind.DEVICE),
+        (SpaceKind.DEVICE, SpaceKind.MAPPED),
+        (SpaceKind.MAPPED, SpaceKind.DEVICE),
+    }
+)
+
+_SIDES = {SpaceKind.MAPPED: Side.HOST, SpaceKind.DEVICE: Side.DEVICE, SpaceKind.FILE: Side.FILE}
+
+
+class CudaBackend(Backend, DeviceMemory):
+    """Sends chunks to the worker of the agent that they are moved for, and tells it what it misses."""
+
+    name: ClassVar[str] = "cuda"
+    options: ClassVar[type[CudaOptions]] = CudaOptions
+
+    def __init__(self, options: CudaOptions) -> None:
+        self._options = options
+        self.manager = DeviceManager(options)
+        self._bounce = HostBounce()
+        self._tables: weakref.WeakKeyDictionary[Extent, tuple[weakref.ref[Extent], int]] = weakref.WeakKeyDictionary()
+        self._table_ids = itertools.count(1)
+        self._moved: dict[int, int] = {}
+        self._seconds: dict[tuple[int, Engine], float] = {}
+        self._chunks = 0
+        self._failures = 0
+        self._busy = 0
+        self._closed = False
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._tasks: set[asyncio.Task[int]] = set()
+
+    # ------------------------------------------------------------------------------------ Backend
+
+    async def start(self) -> None:
+        """Look at the devices. One that cannot be used leaves the others and the host's memory alone."""
+        await self.manager.start()
+
+    async def aclose(self) -> None:
+        """Wait for moves under way, then end all workers."""
+        self._closed = True
+        await self._quiet.wait()
+        await self._bounce.aclose()
+        await self.manager.aclose()
+
+    def pairs(self) -> frozenset[tuple[SpaceKind, SpaceKind]]:
+        """Return DEVICE with DEVICE, and DEVICE with MAPPED in both directions."""
+        return _PAIRS
+
+    def refusal(self, source: Space, target: Space) -> str:
+        """Return why not; also where a GPU cannot be used."""
+        reason = Backend.refusal(self, source, target)
+        if reason:
+            return reason
+        for space in (source, target):
+            if isinstance(space, DeviceSpace) and (why := self.manager.refusal(space.device)):
+                return f"GPU {space.device}: {why}"
+        return ""
+
+    def manner(self, source: Space, target: Space) -> str:
+        """Say what sort of device it is where it is none."""
+        return "a simulated device" if self._options.driver == "simulated" else ""
+
+    def estimate_s(self, source: Space, target: Space, nbytes: int, pieces: int) -> float:
+        """Return a linear guess from measurements on one GPU; the engine learns better ones."""
+        is_inside = isinstance(source, DeviceSpace) and isinstance(target, DeviceSpace)
+        return _START_S + pieces * _PIECE_S + nbytes / (_DEVICE_NBYTES_PER_S if is_inside else _HOST_NBYTES_PER_S)
+
+    def slots(self, source: Space, target: Space) -> int:
+        """Return how many chunks a device takes at once."""
+        return self._options.slots
+
+    def chunk_limits(self, source: Space, target: Space) -> tuple[int, int] | None:
+        """Return (nbytes, rows) of a chunk between GPU memories, which move in a fraction of the time of others."""
+        if isinstance(source, DeviceSpace) and isinstance(target, DeviceSpace):
+            return MAX_CHUNK_NBYTES, MAX_CHUNK_ROWS
+        return None
+
+    async def move(self, chunk: Chunk) -> int:
+        """Move one chunk; a cancelled call has come to rest before it raises.
+
+        Raises:
+            DeviceLost: the worker ended, or took too long and was killed.
+            InvalidArgument: the process that exported the memory has gone.
+            MoveFailed: the device failed.
+        """
+        self._enter()
+        try:
+            moved = await self._move(chunk)
+        except BaseException:
+            self._leave(is_done=False)
+            raise
+        self._leave(is_done=True)
+        return moved
+
+    def begin(self, chunk: Chunk, done: Callable[[int | Exception], None]) -> Begun | None:
+        """Send a chunk to its worker, where there is one; what the worker turns out to miss is provided in a task."""
+        self._check_there(chunk)
+        device, owner = _device_of(chunk), _owner_of(chunk)
+        worker = self.manager.live(device, owner)
+        if worker is None or worker.is_lost or self._closed:
+            return None
+        flight = _Flight()
+
+        def end(outcome: int | Exception) -> None:
+            self._leave(is_done=not isinstance(outcome, Exception))
+            done(outcome)
+
+        def told(how: Told) -> None:
+            if how.outcome is Outcome.DONE:
+                self._count(device, how)
+                end(how.nbytes)
+            elif how.outcome in (Outcome.MISSING, Outcome.UNKNOWN_TABLE):
+                flight.task = self._spawn(self._move(chunk, first=how), end)
+                if flight.is_aborted:
+                    flight.task.cancel()
+            else:
+                end(_error_of(device, how))
+
+        self._enter()
+        worker.submit(self._command(chunk), told)
+        return flight
+
+    def statistics(self) -> BackendStatistics:
+        """Return counters since start."""
+        slots = self._options.slots * max(len(self.manager.facts()), 1)
+        return BackendStatistics(sum(self._moved.values()), self._chunks, self._failures, self._busy, slots)
+
+    # ------------------------------------------------------------------------------------ DeviceMemory
+
+    def facts(self) -> tuple[DeviceFacts, ...]:
+        """Return what is known of each device, with what it has moved."""
+        return tuple(
+            replace(
+                facts,
+                moved_nbytes=self._moved.get(facts.index, 0),
+                kernel_s=self._seconds.get((facts.index, Engine.KERNEL), 0.0),
+                copy_s=self._seconds.get((facts.index, Engine.COPY), 0.0),
+            )
+            for facts in self.manager.facts()
+        )
+
+    async def open(self, owner: str, export: DeviceExport) -> tuple[int, int]:
+        """Open a client's allocation in its owner's worker."""
+        return await self.manager.open(owner, export)
+
+    async def allocate(self, device: int, nbytes: int) -> tuple[int, DeviceExport]:
+        """Allocate memory of the daemon's own."""
+        return await self.manager.allocate(device, nbytes)
+
+    async def close(self, allocation: int) -> None:
+        """Take one count off an allocation."""
+        await self.manager.close(allocation)
+
+    async def cut(self, allocation: int) -> None:
+        """Kill the workers that have an allocation open."""
+        await self.manager.cut(allocation)
+
+    async def wipe(self, allocation: int, offset: int, nbytes: int) -> None:
+        """Fill a span with zeros."""
+        await self.manager.wipe(allocation, offset, nbytes)
+
+    async def end_owner(self, owner: str) -> None:
+        """Kill an owner's workers."""
+        await self.manager.end_owner(owner)
+
+    async def open_event(self, owner: str, device: int, handle: bytes) -> int:
+        """Open a client's event."""
+        return await self.manager.open_event(owner, device, handle)
+
+    async def make_event(self, owner: str, device: int) -> tuple[int, bytes]:
+        """Make an event."""
+        return await self.manager.make_event(owner, device)
+
+    def is_lost(self, allocation: int) -> bool:
+        """Whether an allocation went with its worker."""
+        return self.manager.is_lost(allocation)
+
+    def add_host(self, address: int, nbytes: int, fd: int) -> int:
+        """Note host memory."""
+        return self.manager.add_host(address, nbytes, fd)
+
+    async def drop_host(self, number: int) -> None:
+        """Forget host memory."""
+        await self.manager.drop_host(number)
+
+    # ------------------------------------------------------------------------------------ internals
+
+    async def _move(self, chunk: Chunk, first: Told | None = None) -> int:
+        """Send a chunk until it has moved, after providing what the worker misses; ``first`` is its first answer."""
+        self._check_there(chunk)
+        command = self._command(chunk)
+        device, owner = _device_of(chunk), _owner_of(chunk)
+        for _ in range(MAX_TRIES):
+            worker = self.manager.live(device, owner) or await self.manager.worker(device, owner)
+            told, first = first or await _run(worker, command), None
+            match told.outcome:
+                case Outcome.DONE:
+                    self._count(device, told)
+                    return told.nbytes
+                case Outcome.MISSING:
+                    segments = self._segments(chunk)
+                    if segments is None:
+                        return await self._bounce.move(chunk, self.manager, self._move)
+                    await self._provide(worker, chunk, segments)
+                case Outcome.UNKNOWN_TABLE:
+                    worker.forget_table(command.table_id)
+                case _:
+                    raise _error_of(device, told)
+        raise Unavailable(f"the worker of GPU {device} does not keep what it is told", remedy="see the node's log")
+
+    async def _provide(self, worker: WorkerProcess, chunk: Chunk, segments: list[Segment]) -> None:
+        sides = [e for e in (chunk.source, chunk.target) if isinstance(e.space, DeviceSpace)]
+        allocations = sorted({number for extent in sides for number in allocations_of(extent.iov)})
+        events = [event for event in (chunk.wait_event, chunk.done_event) if event]
+        await self.manager.provide(worker, allocations, segments, events)
+
+    def _segments(self, chunk: Chunk) -> list[Segment] | None:
+        """Return the host memory of a chunk; None where some is not memory that workers can map."""
+        for extent in (chunk.source, chunk.target):
+            if isinstance(extent.space, MappedSpace):
+                return self.manager.segments_of(extent.iov)
+        return []
+
+    def _check_there(self, chunk: Chunk) -> None:
+        """Refuse memory of a pool whose worker has died: other workers may have it mapped still, and it is nobody's."""
+        if not self.manager.lost:
+            return
+        for extent in (chunk.source, chunk.target):
+            if isinstance(extent.space, DeviceSpace) and not self.manager.lost.isdisjoint(allocations_of(extent.iov)):
+                raise DeviceLost(
+                    f"memory of a pool of GPU {extent.space.device} went with the worker that held it",
+                    remedy="free the region, and allocate another one",
+                )
+
+    def _command(self, chunk: Chunk) -> Command:
+        files = [e.space.fd for e in (chunk.source, chunk.target) if isinstance(e.space, FileSpace)]
+        return Command(
+            chunk.source,
+            chunk.target,
+            _SIDES[chunk.source.space.kind],
+            _SIDES[chunk.target.space.kind],
+            chunk.nbytes,
+            0 if files else self._table_of(chunk.source, chunk.target),
+            chunk.wait_event,
+            chunk.done_event,
+            chunk.source.space.device if isinstance(chunk.source.space, DeviceSpace) else 0,
+            files[0] if files else 0,
+        )
+
+    def _table_of(self, source: Extent, target: Extent) -> int:
+        """Return the id under which a worker keeps a pair of lists from its second time on; 0 for the first.
+
+        Plans keep their lists, so a transfer that is posted again has the same objects. Parts that are cut for one
+        chunk are new ones each time, and are never met again.
+        """
+        known = self._tables.get(source)
+        if known is None or known[0]() is not target:
+            self._tables[source] = weakref.ref(target), 0
+            return 0
+        if not known[1]:
+            known = self._tables[source] = known[0], next(self._table_ids)
+        return known[1]
+
+    def _spawn(self, move: Coroutine[None, None, int], end: Callable[[int | Exception], None]) -> asyncio.Task[int]:
+        """Run a move that could not be begun without a task; its end is told whatever becomes of it."""
+
+        def ended(task: asyncio.Task[int]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled():
+                end(Cancelled("the chunk was stopped"))
+            else:
+                error = task.exception()
+                end(error if isinstance(error, Exception) else task.result())
+
+        task = asyncio.get_running_loop().create_task(move, name="provide for a device worker")
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+        return task
+
+    def _enter(self) -> None:
+        if self._closed:
+            raise Closed("the GPU backend was closed", remedy="the daemon is stopping")
+        self._busy += 1
+        self._quiet.clear()
+
+    def _leave(self, *, is_done: bool) -> None:
+        self._busy -= 1
+        if is_done:
+            self._chunks += 1
+        else:
+            self._failures += 1
+        if not self._busy:
+            self._quiet.set()
+
+    def _count(self, device: int, told: Told) -> None:
+        self._moved[device] = self._moved.get(device, 0) + told.nbytes
+        key = device, told.engine
+        self._seconds[key] = self._seconds.get(key, 0.0) + told.device_ns * 1e-9
+
+
+async def _run(worker: WorkerProcess, command: Command) -> Told:
+    """Send a command and wait for its end, also when cancelled: a GPU cannot be stopped in the middle."""
+    future: asyncio.Future[Told] = asyncio.get_running_loop().create_future()
+    worker.submit(command, future.set_result)
+    cancelled: asyncio.CancelledError | None = None
+    while True:
+        try:
+            told = await asyncio.shield(future)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+            continue
+        if cancelled is not None:
+            raise cancelled
+        return told
+
+
+class _Flight(Begun):
+    """A chunk that a worker has. It cannot be stopped: a GPU finishes what it was given, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[int] | None = None
+        self.is_aborted = False
+
+    def abort(self) -> None:
+        """Stop what comes after the command, if it must be sent again."""
+        self.is_aborted = True
+        if self.task is not None:
+            self.task.cancel()
+
+
+def _error_of(device: int, told: Told) -> XferdError:
+    if told.lost is not None:
+        return told.lost
+    if told.outcome is Outcome.REFUSED:
+        return InvalidArgument(f"GPU {device}: {told.text}", remedy="check the regions and their offsets")
+    return MoveFailed(f"GPU {device}: {told.text}", remedy="see the node's log")
+
+
+def _owner_of(chunk: Chunk) -> str:
+    """Return whose worker moves a chunk: the agent's; agents of other nodes share one."""
+    return chunk.agent if chunk.agent and "@" not in chunk.agent else PEERS
+
+
+def _device_of(chunk: Chunk) -> int:
+    """Return the GPU whose worker moves a chunk: the target's where both sides have one."""
+    for extent in (chunk.target, chunk.source):
+        if isinstance(extent.space, DeviceSpace):
+            return extent.space.device
+    raise InvalidArgument("a chunk without GPU memory", remedy="use another backend")

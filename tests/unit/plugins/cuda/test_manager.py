@@ -1,0 +1,300 @@
+"""What the daemon's side promises of workers: they are told what they miss, replaced when lost, and end with it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from device_rig import DeviceArena, SharedArena
+from hypothesis import given, strategies as st
+
+from xferd.api.errors import Cancelled, DeviceLost, InvalidArgument, MoveFailed, NotFound, Stale
+from xferd.api.simulated import device_uuid, export_fd
+from xferd.plugins.base import ALLOCATION_SHIFT, Chunk, DeviceSpace, Extent, MappedSpace
+from xferd.plugins.cuda.backend import CudaBackend
+from xferd.plugins.cuda.faults import FAULTS
+from xferd.plugins.cuda.manager import SELF, DeviceManager
+from xferd.plugins.cuda.options import CudaOptions
+from xferd.plugins.devices import DeviceExport
+
+NBYTES = 1 << 20
+MIB = 1 << 20
+
+
+@asynccontextmanager
+async def backend_of(**options):
+    backend = CudaBackend(CudaOptions(driver="simulated", spin=0.0, **options))
+    await backend.start()
+    try:
+        yield backend
+        backend.manager.check_invariants()
+    finally:
+        await backend.aclose()
+
+
+def chunk_of(source, target, nbytes=NBYTES, agent="agent", **fields):
+    return Chunk(source.extent([(0, nbytes)]), target.extent([(0, nbytes)]), nbytes, "t", "cause", agent, **fields)
+
+
+def filled(backend, kinds=(DeviceArena, DeviceArena), nbytes=NBYTES):
+    source, target = (kind(backend, nbytes) for kind in kinds)
+    source.fill(np.random.default_rng(1).integers(0, 256, nbytes, dtype=np.uint8))
+    return source, target
+
+
+def fail(monkeypatch, text):
+    monkeypatch.setenv(FAULTS, text)
+
+
+async def test_a_lost_worker_is_replaced_and_told_everything_anew():
+    async with backend_of() as backend:
+        source, target = filled(backend, (SharedArena, DeviceArena))
+        assert await backend.move(chunk_of(source, target)) == NBYTES
+        first = backend.manager.live(0, "agent")
+        os.kill(first.pid, signal.SIGKILL)
+        target.fill(np.zeros(NBYTES, np.uint8))
+        moved = 0
+        while not moved:  # the end of a process is noticed by and by
+            try:
+                moved = await backend.move(chunk_of(source, target))
+            except DeviceLost:
+                assert first.is_lost
+        assert (target.read() == source.read()).all()
+        assert backend.facts()[0].worker_restarts == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["hang=1", "stall=1"])
+async def test_a_worker_that_hangs_is_killed_at_the_deadline_and_others_go_on(monkeypatch, tmp_path, fault):
+    fail(monkeypatch, f"{fault},once={tmp_path / 'once'}")
+    async with backend_of(command_timeout=0.5) as backend:
+        source, target = filled(backend)
+        stuck = asyncio.create_task(backend.move(chunk_of(source, target)))
+        with pytest.raises(DeviceLost, match="not done within its time"):
+            await stuck
+        assert await backend.move(chunk_of(source, target)) == NBYTES
+        assert (target.read() == source.read()).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["crash=2", "lost=2"])
+async def test_a_worker_that_crashes_fails_what_was_under_way(monkeypatch, tmp_path, fault):
+    fail(monkeypatch, f"{fault},once={tmp_path / 'once'}")
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        await backend.move(chunk_of(source, target))
+        with pytest.raises((DeviceLost, MoveFailed)):
+            await backend.move(chunk_of(source, target))
+        while True:
+            try:
+                assert await backend.move(chunk_of(source, target)) == NBYTES
+                break
+            except DeviceLost:
+                pass
+        assert backend.statistics().busy == 0
+
+
+async def test_begun_chunks_end_once_each_also_those_that_miss_memory():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        await backend.manager.worker(0, "agent")
+        ends: list[int | Exception] = []
+        all_ended = asyncio.Event()
+
+        def done(end):
+            ends.append(end)
+            if len(ends) == 40:
+                all_ended.set()
+
+        chunk = chunk_of(source, target)
+        for _ in range(40):
+            assert backend.begin(chunk, done) is not None
+        assert not ends
+        await asyncio.wait_for(all_ended.wait(), 20)
+        assert ends == [NBYTES] * 40
+        assert backend.statistics().chunks == 40
+
+
+async def test_an_aborted_chunk_that_misses_memory_is_told_cancelled():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        await backend.manager.worker(0, "agent")
+        end = asyncio.get_running_loop().create_future()
+        begun = backend.begin(chunk_of(source, target), end.set_result)
+        begun.abort()
+        assert isinstance(await asyncio.wait_for(end, 20), Cancelled | int)
+        assert backend.statistics().busy == 0
+
+
+async def test_without_a_worker_nothing_is_begun():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        assert backend.begin(chunk_of(source, target), lambda _: None) is None
+
+
+async def test_the_same_handle_is_opened_once_and_closed_with_its_last_use():
+    async with backend_of() as backend:
+        fd = os.memfd_create("vram")
+        os.ftruncate(fd, NBYTES)
+        export = DeviceExport(device_uuid(0), NBYTES, export_fd(fd, NBYTES))
+        found = await asyncio.gather(*(backend.open("agent", export) for _ in range(5)))
+        assert len(set(found)) == 1
+        number = found[0][1]
+        for _ in range(4):
+            await backend.close(number)
+        worker = backend.manager.live(0, "agent")
+        assert number in worker.opened
+        await backend.close(number)
+        assert number not in worker.opened
+        await backend.close(number)  # late is fine
+        device, other = await backend.open("agent", export)
+        assert (device, other) == (0, number)  # numbers are used again, once every worker has closed them
+        os.close(fd)
+
+
+async def test_a_chunk_in_memory_that_was_closed_is_stale():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        await backend.move(chunk_of(source, target))
+        await backend.close(source.base >> ALLOCATION_SHIFT)
+        with pytest.raises(Stale):
+            await backend.move(chunk_of(source, target))
+
+
+async def test_an_unknown_gpu_is_named_with_those_that_are_known():
+    async with backend_of(simulated_devices=2) as backend:
+        with pytest.raises(NotFound, match="no GPU with UUID") as caught:
+            await backend.open("agent", DeviceExport(device_uuid(7), NBYTES, bytes(64)))
+        assert device_uuid(1).hex() in str(caught.value.limit)
+        assert [facts.index for facts in backend.facts()] == [0, 1]
+
+
+async def test_memory_moves_between_two_gpus():
+    async with backend_of(simulated_devices=2) as backend:
+        source, target = filled(backend)
+        number = backend.manager.enter(1, "agent", DeviceExport(device_uuid(1), NBYTES, export_fd(target._fd, NBYTES)))
+        row = np.array([[number.number << ALLOCATION_SHIFT, NBYTES]], dtype=np.uint64)
+        there = Extent(DeviceSpace(1), row)
+        chunk = Chunk(source.extent([(0, NBYTES)]), there, NBYTES, "t", "cause", "agent")
+        assert await backend.move(chunk) == NBYTES
+        assert (target.read() == source.read()).all()
+
+
+async def test_rubbish_is_no_handle():
+    async with backend_of() as backend:
+        with pytest.raises(InvalidArgument):
+            await backend.open("agent", DeviceExport(device_uuid(0), NBYTES, b"\x01" * 64))
+        assert not backend.manager.live(0, "agent").opened
+
+
+async def test_the_daemons_own_memory_is_lost_with_its_worker_and_other_memory_is_not():
+    async with backend_of() as backend:
+        number, export = await backend.allocate(0, NBYTES)
+        assert len(export.handle) == 64
+        assert not backend.is_lost(number)
+        home = backend.manager.live(0, SELF)
+        await home.kill("a test")
+        assert backend.is_lost(number)
+        await backend.wipe(number, 0, NBYTES)  # of no use, and no harm
+        await backend.close(number)
+        again, _ = await backend.allocate(0, NBYTES)
+        assert not backend.is_lost(again)
+
+
+async def test_an_event_that_a_lost_worker_made_is_stale_and_a_clients_is_opened_anew():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        made, handle = await backend.make_event("agent", 0)
+        assert len(handle) == 64
+        opened = await backend.open_event("agent", 0, handle)
+        await backend.move(chunk_of(source, target, done_event=made))
+        await backend.move(chunk_of(source, target, wait_event=opened))
+        with pytest.raises(NotFound, match="no event"):
+            await backend.move(chunk_of(source, target, agent="another", wait_event=opened))
+        await backend.manager.live(0, "agent").kill("a test")
+        with pytest.raises(Stale, match="went with the worker"):
+            await backend.move(chunk_of(source, target, done_event=made))
+
+
+async def test_the_end_of_an_owner_kills_its_worker_only():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        await backend.move(chunk_of(source, target))
+        await backend.move(chunk_of(source, target, agent="other"))
+        mine, theirs = backend.manager.live(0, "agent"), backend.manager.live(0, "other")
+        await backend.end_owner("agent")
+        assert mine.is_lost
+        assert not theirs.is_lost
+        await backend.move(chunk_of(source, target, agent="other"))
+        await backend.end_owner("nobody")
+
+
+async def test_agents_of_other_nodes_share_a_worker():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        for agent in ("a@one", "b@two", ""):
+            await backend.move(chunk_of(source, target, agent=agent))
+        assert backend.facts()[0].workers == 2  # that one, and the one of the daemon's own memory
+
+
+async def test_a_pair_of_lists_is_kept_by_the_worker_from_its_second_time_on():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        chunk = chunk_of(source, target)
+        worker = await backend.manager.worker(0, "agent")
+        for times in range(4):
+            target.fill(np.full(NBYTES, times, np.uint8))
+            await backend.move(chunk)
+            assert (target.read() == source.read()).all()
+        assert len(worker._tables) == 1
+        # What the worker has forgotten is sent again; what it keeps is dropped with the memory that it names.
+        await backend.close(source.base >> ALLOCATION_SHIFT)
+        again = DeviceArena(backend, NBYTES)
+        again.fill(np.random.default_rng(2).integers(0, 256, NBYTES, dtype=np.uint8))
+        assert again.base == source.base
+        await backend.move(chunk)
+        assert (target.read() == again.read()).all()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 90), st.integers(1, 12)), min_size=1, max_size=8),
+)
+def test_rows_are_found_in_host_memory_or_not_at_all(spans, rows):
+    """Against a search by hand, with page-sized units."""
+    manager = DeviceManager(CudaOptions(driver="simulated"))
+    fd = os.memfd_create("host")
+    known, at = [], 1
+    for gap, pages in spans:
+        at += gap
+        known.append((at, at + pages, manager.add_host(at * 4096, pages * 4096, fd)))
+        at += pages
+    os.close(fd)
+    table = np.array([(start * 4096, pages * 4096) for start, pages in rows], dtype=np.uint64)
+    found = manager.segments_of(table)
+    wanted: set[int] | None = set()
+    for start, pages in rows:
+        hits = [number for first, last, number in known if first <= start and start + pages <= last]
+        wanted = None if wanted is None or not hits else wanted | {hits[0]}
+    assert (None if found is None else {segment.number for segment in found}) == wanted
+    asyncio.run(manager.aclose())
+
+
+async def test_bytes_that_no_worker_can_map_pass_through_a_bounce_buffer():
+    nbytes = 9 * MIB + 5
+    async with backend_of() as backend:
+        target = DeviceArena(backend, nbytes)
+        data = np.random.default_rng(3).integers(0, 256, nbytes, dtype=np.uint8)
+        row = np.array([[data.ctypes.data, nbytes]], dtype=np.uint64)
+        here = Extent(MappedSpace(), row)
+        up = Chunk(here, target.extent([(0, nbytes)]), nbytes, "t", "cause", "agent")
+        assert await backend.move(up) == nbytes
+        assert (target.read() == data).all()
+        back = np.zeros_like(data)
+        there = Extent(MappedSpace(), np.array([[back.ctypes.data, nbytes]], dtype=np.uint64))
+        assert await backend.move(Chunk(target.extent([(0, nbytes)]), there, nbytes, "t", "cause", "agent")) == nbytes
+        assert (back == data).all()
