@@ -80,12 +80,15 @@ WHEELS ?=
 DRIVER ?= cuda
 GPU_OUT ?= build/gpu
 GPU_SITE := build/gpu-site
-GPU_RUN = PYTHONPATH="$(abspath .types):$(abspath $(GPU_SITE)):$$PYTHONPATH" $(GPU_PYTHON)
+GPU_RUN = PYTHONPATH="$(abspath .types):$(abspath $(GPU_SITE)):$(abspath $(GPU_SITE)-self):$$PYTHONPATH" $(GPU_PYTHON)
 
 $(GPU_SITE)/.done: $(wildcard $(WHEELS)/*.whl)
 	@mkdir -p $(GPU_SITE)
 	@test -z '$(WHEELS)' || $(GPU_PYTHON) -m pip --disable-pip-version-check --quiet install --no-index --no-deps \
 		--no-compile --upgrade --target $(GPU_SITE) $(WHEELS)/*.whl
+	@rm -rf $(GPU_SITE)-self && mkdir -p $(GPU_SITE)-self
+	@$(GPU_PYTHON) -W ignore -c "from setuptools.build_meta import prepare_metadata_for_build_wheel as make; \
+		make('$(GPU_SITE)-self')" >/dev/null
 	@touch $@
 
 gpu-wheels:      ## Fetch into WHEELS what a machine with a GPU lacks (needs a registry)

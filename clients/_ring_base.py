@@ -7,6 +7,7 @@ knows nothing) is left to gRPC, which can do all of it; then these functions ret
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -21,7 +22,15 @@ from xferd.api.ring import VERSION, Opcode, RingSizes, SubmissionFlag, is_suppor
 from xferd.clients._ring import Ring
 from xferd.clients._ring_tracks import CutNote, RingHome, Track
 from xferd.clients._session_socket import close_all, ended
-from xferd.clients.transfers import PreparedBase, TransferBase, event_number, id_of, notification_of, op_of
+from xferd.clients.transfers import (
+    PreparedBase,
+    TransferBase,
+    check_options,
+    event_number,
+    id_of,
+    notification_of,
+    op_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,6 +52,18 @@ SPIN_US: Final = 200.0
 Where a core has nothing else to do it goes idle, and to wake it costs more than the transfer: one of 4 KiB there and
 back took 35 to 65 us with 100, 200 or 500 us of this, and 70 to 175 us with 50 or none (two virtual cores at rest).
 """
+
+MANY_CORES: Final = 8
+SPIN_ON_MANY_US: Final = 2000.0
+"""The same where there are so many cores that it takes nothing from whoever moves the bytes: what a GPU moves in less
+than two milliseconds should not wait for a sleeper."""
+
+
+def spin_us_here() -> float:
+    """Return how long a waiting thread of this process spins. With one core, it keeps the daemon from its work."""
+    cores = len(os.sched_getaffinity(0))
+    return 0.0 if cores < 2 else SPIN_US if cores < MANY_CORES else SPIN_ON_MANY_US
+
 
 CREDITS: Final = 64
 """Notifications that the daemon may send ahead; each keeps room in the completion queue."""
@@ -139,6 +160,7 @@ class RingBase:
         key = cause_id = ""
         extra, priority, timeout_ms = b"", t.Priority.NORMAL, 0
         if options:
+            check_options(options)
             milliseconds = _milliseconds(options.get("timeout_s", 0.0))
             if milliseconds is None:
                 return None

@@ -26,7 +26,7 @@ from xferd.clients._base import (
 from xferd.clients._calls import Call, Methods, bearer, channel_options, wait_slices
 from xferd.clients._device_regions import check_exportable
 from xferd.clients._errors import error_of
-from xferd.clients._ring_base import SPIN_US, RingChoice, granted, needs_poll, refused, ring_request
+from xferd.clients._ring_base import RingChoice, granted, needs_poll, refused, ring_request
 from xferd.clients._session_socket import SessionSocket, close_all, ended, find_place, hello, map_pool, mapped_pool
 from xferd.clients._sync_ring import SyncRing
 from xferd.clients.memory import ByteArray, is_mappable
@@ -76,7 +76,7 @@ class SyncLink(ClientBase):
         agent: str = "",
         *,
         ring: RingChoice = None,
-        spin_us: float = SPIN_US,
+        spin_us: float | None = None,
         admin_token: str = "",
         timeout_s: float = CONNECT_TIMEOUT_S,
         call_timeout_s: float = CALL_TIMEOUT_S,
@@ -88,7 +88,7 @@ class SyncLink(ClientBase):
             agent: this client's name on the node; "" lets the daemon choose.
             ring: whether prepared transfers go over a ring in shared memory. None: where that can be. True, or the
                 sizes of one: it has to be. False: all goes by gRPC.
-            spin_us: how long a thread that waits at the ring looks at it before it sleeps.
+            spin_us: how long a thread that waits at the ring looks at it before it sleeps; None goes by the cores.
             admin_token: for ``admin``, where the daemon has one.
             timeout_s: for connecting.
             call_timeout_s: for each call, beyond what it waits for on purpose.
@@ -408,7 +408,9 @@ class SyncLink(ClientBase):
             self._session_stream.cancel()
 
 
-def _open_ring(socket: SessionSocket, grant: t.SessionGrant, choice: RingChoice, spin_us: float) -> SyncRing | None:
+def _open_ring(
+    socket: SessionSocket, grant: t.SessionGrant, choice: RingChoice, spin_us: float | None
+) -> SyncRing | None:
     request = ring_request(choice)
     if request is None:
         return None

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from xferd.api.errors import Closed, XferdError
 from xferd.clients._ring_base import (
-    SPIN_US,
     LostAnswer,
     RingBase,
     Submission,
@@ -27,6 +26,7 @@ from xferd.clients._ring_base import (
     is_told,
     listen_of,
     post_of,
+    spin_us_here,
     submit_flags,
 )
 from xferd.clients._ring_tracks import Ask, CutNote, Track
@@ -49,7 +49,7 @@ _MAX_SLEEP_S = 3600.0  # an hour and then anew: system calls know no infinity
 class SyncRing(RingBase):
     """Verbs over the ring, safe between threads. None in answer to one means: by gRPC."""
 
-    def __init__(self, ring: Ring, socket: SessionSocket, *, spin_us: float = SPIN_US) -> None:
+    def __init__(self, ring: Ring, socket: SessionSocket, *, spin_us: float | None = None) -> None:
         """Take over ``ring``; ``socket`` is borrowed for word of the daemon's end."""
         super().__init__(ring)
         self._socket = socket
@@ -57,8 +57,7 @@ class SyncRing(RingBase):
         self._lead = threading.Lock()
         self._followers: dict[SimpleQueue[None], None] = {}
         self._gate = threading.Lock()  # of the followers
-        # With one core, whoever spins keeps the daemon from its work.
-        self._max_spin_s = spin_us * 1e-6 if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._max_spin_s = (spin_us_here() if spin_us is None else spin_us) * 1e-6
         self._spin_s = self._max_spin_s
         self._sleep = select.poll()
         self._sleep.register(ring.signal, select.POLLIN)

@@ -115,10 +115,25 @@ class TransferOptions(TypedDict, total=False):
     done_event: Event | int
 
 
+_OPTIONS = frozenset(TransferOptions.__annotations__)
+
+
+def check_options(options: TransferOptions) -> None:
+    """Refuse what no transfer knows: a misspelt ``backend`` must not become the planner's choice.
+
+    Raises:
+        TypeError: an unknown name, as Python says it of any keyword argument; it names those that there are.
+    """
+    if not options.keys() <= _OPTIONS:
+        unknown = ", ".join(repr(name) for name in sorted(options.keys() - _OPTIONS))
+        raise TypeError(f"unexpected keyword argument {unknown} of a transfer; there are {', '.join(sorted(_OPTIONS))}")
+
+
 def transfer_request(
     op: TransferOp | str, local: ListLike, remote: ListLike, options: TransferOptions, *, hold: bool = False
 ) -> TransferRequest:
     """Build a request from what users have at hand."""
+    check_options(options)
     return TransferRequest(
         op=op_of(op),
         local=as_list(local),

@@ -208,13 +208,45 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BlockSums:
+    """Blocks of a chunk of which somebody wants the xxh3 (64 bits) of the bytes that arrive.
+
+    A backend that passes over the bytes anyway may fill in what it likes; whoever wants them makes the others. Threads
+    fill in blocks of their own.
+
+    Attributes:
+        begin: i64 (n,) where each begins in the chunk, ascending and apart from each other.
+        stop: where it ends.
+        values: u64 (n,) the sums.
+        is_known: whether a value is there; set after it, and only once all of the block has arrived.
+    """
+
+    begin: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    values: NDArray[np.uint64]
+    is_known: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, begin: NDArray[np.int64], stop: NDArray[np.int64]) -> BlockSums:
+        """Return blocks none of which is known."""
+        return cls(begin, stop, np.zeros(len(begin), np.uint64), np.zeros(len(begin), np.bool_))
+
+    def cut(self, start: int, stop: int) -> BlockSums:
+        """Return the blocks that lie in a part of the chunk as a whole; what is filled in there is so here."""
+        first = int(np.searchsorted(self.begin, start))
+        last = max(first, int(np.searchsorted(self.stop, stop, side="right")))
+        begin, end = self.begin[first:last] - start, self.stop[first:last] - start
+        return BlockSums(begin, end, self.values[first:last], self.is_known[first:last])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
     """The unit of work of a backend: ``nbytes`` bytes from ``source`` to ``target``, both in list order.
 
     Totals are equal; rows need not pair up. ``agent`` is on whose behalf; ``cause_id`` goes into every log line and
     to the other node. Events are numbers of a ``DeviceMemory``, 0 for none: what reads or writes GPU memory waits for
     the first before it begins, and records the second at its end. ``verify``: another node compares what it sends from
-    a storage pool with its checksums first.
+    a storage pool with its checksums first. ``sums``: what may be summed on the way; leaving it alone is right too.
     """
 
     source: Extent
@@ -226,6 +258,7 @@ class Chunk:
     wait_event: int = 0
     done_event: int = 0
     verify: bool = False
+    sums: BlockSums | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -387,13 +420,14 @@ class Backend(abc.ABC):
         """
         return None
 
-    def move_now(self, source: Extent, target: Extent) -> Callable[[], int] | None:
-        """Return a call that moves all bytes at once, or None where ``move`` must be used.
+    def move_now(self, source: Extent, target: Extent, agent: str = "") -> Callable[[], int] | None:
+        """Return a call that moves all bytes at once, or None where ``move`` must be used; ``agent`` as in a ``Chunk``.
 
         The call never blocks, takes some 50 us at most, which is what giving it to a thread would take of the event
         loop, and returns the bytes moved, which are all of them; it counts in ``statistics`` as a chunk. It is made
         once for a plan, and called on the event loop as often as the plan is posted, as long as the regions are held.
-        Errors as with ``move``.
+        Errors as with ``move``. Where the call raises, the bytes are moved by ``move``, which waits for what may be
+        under way still.
         """
         return None
 

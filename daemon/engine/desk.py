@@ -379,7 +379,7 @@ class TransferDesk:
             wait_event=request.wait_event,
             done_event=request.done_event,
             is_enclosed=self._runner.is_enclosed(plan),
-            quick=None if request.notification is not None or has_events else self._runner.quick(plan),
+            quick=None if request.notification is not None or has_events else self._runner.quick(plan, caller.agent),
         )
         self._machine.add(transfer)
         mine[transfer_id] = transfer

@@ -120,7 +120,7 @@ class Runner:
         self._deadlines.arm(transfer, now)
         self.perform(instructions)
 
-    def quick(self, plan: Plan) -> Callable[[], int] | None:
+    def quick(self, plan: Plan, agent: str) -> Callable[[], int] | None:
         """Return a call that moves all of a plan's bytes at once; None where they need a thread or a peer.
 
         Only where the planner's first choice offers it, and in one chunk.
@@ -131,7 +131,7 @@ class Runner:
         route = leg.routes[0]
         if leg.chunks != 1 or route.is_staged:
             return None
-        return self._backends[route.backends[0]].move_now(leg.source, leg.target)
+        return self._backends[route.backends[0]].move_now(leg.source, leg.target, agent)
 
     def is_enclosed(self, plan: Plan) -> bool:
         """Whether something must be opened before a plan's chunks move, and settled afterwards."""

@@ -13,8 +13,17 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from xferd.api.errors import Cancelled, Closed, DeviceLost, InvalidArgument, MoveFailed, Unavailable, XferdError
-from xferd.plugins.base import Backend, BackendStatistics, Begun, DeviceSpace, FileSpace, MappedSpace, SpaceKind
+from xferd.api.errors import (
+    Cancelled,
+    Closed,
+    DeviceLost,
+    InvalidArgument,
+    MoveFailed,
+    Unavailable,
+    WouldBlock,
+    XferdError,
+)
+from xferd.plugins.base import Backend, BackendStatistics, Begun, Chunk, DeviceSpace, FileSpace, MappedSpace, SpaceKind
 from xferd.plugins.cuda.bounce import HostBounce
 from xferd.plugins.cuda.layout import Engine, Outcome, Side
 from xferd.plugins.cuda.manager import PEERS, DeviceManager, allocations_of
@@ -25,7 +34,7 @@ from xferd.plugins.devices import DeviceMemory
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from xferd.plugins.base import Chunk, Extent, Space
+    from xferd.plugins.base import Extent, Space
     from xferd.plugins.cuda.manager import Segment
     from xferd.plugins.cuda.process import WorkerProcess
     from xferd.plugins.devices import DeviceExport, DeviceFacts
@@ -38,10 +47,17 @@ _HOST_NBYTES_PER_S = 45e9
 
 MAX_CHUNK_NBYTES = 256 << 20
 MAX_CHUNK_ROWS = 65536
-"""Between GPU memories: a chunk of less would cost more to start than to move."""
+"""A chunk of less would cost more to start than to move, and tables of parts are not kept."""
 
 MAX_TRIES = 8
 """Times that one chunk is sent: a worker may miss memory, then not have kept its table; each miss is provided for."""
+
+NOW_DEVICE_NBYTES = 64 << 20
+NOW_HOST_NBYTES = 1 << 20
+"""Largest moves that are waited for on the event loop: 65 us within an H100, 30 over its bus."""
+
+NOW_BUDGET_S = 300e-6
+"""Time after which such a move is given to the long way, which then waits for it: the GPU is busy with others."""
 
 _PAIRS = frozenset(
     {
@@ -117,10 +133,8 @@ class CudaBackend(Backend, DeviceMemory):
         return self._options.slots
 
     def chunk_limits(self, source: Space, target: Space) -> tuple[int, int] | None:
-        """Return (nbytes, rows) of a chunk between GPU memories, which move in a fraction of the time of others."""
-        if isinstance(source, DeviceSpace) and isinstance(target, DeviceSpace):
-            return MAX_CHUNK_NBYTES, MAX_CHUNK_ROWS
-        return None
+        """Return (nbytes, rows) of a chunk: a millisecond between GPU memories, five over the bus."""
+        return MAX_CHUNK_NBYTES, MAX_CHUNK_ROWS
 
     async def move(self, chunk: Chunk) -> int:
         """Move one chunk; a cancelled call has come to rest before it raises.
@@ -166,6 +180,33 @@ class CudaBackend(Backend, DeviceMemory):
         self._enter()
         worker.submit(self._command(chunk), told)
         return flight
+
+    def move_now(self, source: Extent, target: Extent, agent: str = "") -> Callable[[], int] | None:
+        """Return a call that waits for a GPU on the event loop, where that is the shorter way: for small moves.
+
+        Only where there are cores enough to spin. It raises where the worker is busy, is not there, misses something or
+        takes too long, and the long way does it.
+        """
+        spaces = source.space, target.space
+        limit = NOW_DEVICE_NBYTES if all(isinstance(space, DeviceSpace) for space in spaces) else NOW_HOST_NBYTES
+        rows = max(len(source.iov), len(target.iov))
+        if not self._options.daemon_spin_s or source.nbytes > limit or rows > MAX_CHUNK_ROWS:
+            return None
+        chunk = Chunk(source, target, source.nbytes, "now", "now", agent)
+        device, owner = _device_of(chunk), _owner_of(chunk)
+
+        def now() -> int:
+            worker = self.manager.live(device, owner)
+            if worker is None or self._closed or self.manager.lost:
+                raise WouldBlock(f"GPU {device} has no worker at hand", remedy="move it the long way")
+            told = worker.run_now(self._command(chunk), NOW_BUDGET_S)
+            if told is None or told.outcome is not Outcome.DONE:
+                raise WouldBlock(f"GPU {device} is busy", remedy="move it the long way")
+            self._chunks += 1
+            self._count(device, told)
+            return told.nbytes
+
+        return now
 
     def statistics(self) -> BackendStatistics:
         """Return counters since start."""

@@ -43,6 +43,8 @@ class Plan(abc.ABC):
 
     nbytes: int
     engine: Engine
+    on_host: bool = False
+    """Whether host memory takes part: such moves have a speed of their own."""
 
     def drop(self) -> None:  # noqa: B027 - most have nothing to drop
         """Give back what it holds; nothing of it is under way."""

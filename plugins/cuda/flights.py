@@ -120,9 +120,10 @@ class Slots:
 class NvidiaPlan(Plan):
     """Pieces for the kernel (``slot``) or for the copy engines (``copies``)."""
 
-    def __init__(self, nbytes: int, engine: Engine) -> None:
+    def __init__(self, nbytes: int, engine: Engine, *, on_host: bool) -> None:
         self.nbytes = nbytes
         self.engine = engine
+        self.on_host = on_host
         self.first: NvidiaFlight | None = None  # the one that uploads the table
 
     def enqueue(self, cuda: Cuda, lane: Lane) -> int:
@@ -133,8 +134,8 @@ class NvidiaPlan(Plan):
 class KernelPlan(NvidiaPlan):
     """Many pieces: one start of the kernel."""
 
-    def __init__(self, nbytes: int, shape: Shape, function: ctypes.c_void_p, slots: Slots) -> None:
-        super().__init__(nbytes, Engine.KERNEL)
+    def __init__(self, pieces: Pieces, shape: Shape, function: ctypes.c_void_p, slots: Slots) -> None:
+        super().__init__(pieces.nbytes, Engine.KERNEL, on_host=pieces.from_host or pieces.to_host)
         self._function = function
         self._blocks = shape.blocks
         self._slots = slots
@@ -163,7 +164,7 @@ class CopyPlan(NvidiaPlan):
     """Few large pieces: a copy for each."""
 
     def __init__(self, pieces: Pieces) -> None:
-        super().__init__(pieces.nbytes, Engine.COPY)
+        super().__init__(pieces.nbytes, Engine.COPY, on_host=pieces.from_host or pieces.to_host)
         self._copies = [
             (ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(nbytes))
             for source, target, nbytes in pieces.table.tolist()

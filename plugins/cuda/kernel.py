@@ -42,7 +42,8 @@ class Tuning:
         warps_per_processor: tiles are made so small that each multiprocessor has so many at least, within the limits.
         min_tile_nbytes, max_tile_nbytes: of a tile, powers of two.
         host_blocks: blocks at most where host memory takes part: the bus is slower than a few of them.
-        copies: pieces up to which copy engines move them whatever their size.
+        device_copies: pieces up to which copy engines move them between GPU memories, whatever their size.
+        host_copies: the same where host memory takes part.
         device_copy_nbytes: mean size from which on copy engines move pieces between GPU memories.
         host_copy_nbytes: the same where host memory takes part.
         timed: device time is taken by events, and not by the clock of the host.
@@ -51,17 +52,19 @@ class Tuning:
     unroll: int = 4
     streaming: bool = False
     warps_per_processor: int = 64
-    min_tile_nbytes: int = 1 << 10
+    min_tile_nbytes: int = 2 << 10
     max_tile_nbytes: int = 32 << 10
-    host_blocks: int = 128
-    copies: int = 2
-    device_copy_nbytes: int = 16 << 20
-    host_copy_nbytes: int = 1 << 20
+    host_blocks: int = 256
+    device_copies: int = 1
+    host_copies: int = 2
+    device_copy_nbytes: int = 64 << 20
+    host_copy_nbytes: int = 4 << 20
     timed: bool = False
 
     def is_for_copy_engines(self, count: int, nbytes: int, *, on_host: bool) -> bool:
         """Whether few large pieces are better off with the copy engines."""
-        return count <= self.copies or nbytes >= count * (self.host_copy_nbytes if on_host else self.device_copy_nbytes)
+        few = self.host_copies if on_host else self.device_copies
+        return count <= few or nbytes >= count * (self.host_copy_nbytes if on_host else self.device_copy_nbytes)
 
 
 class Shape(NamedTuple):

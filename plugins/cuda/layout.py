@@ -103,6 +103,10 @@ class SharedQueues:
         COMMAND.pack_into(self.memory, at, *fields, 0)
         self._publish(at + NUMBER_OF_COMMAND_AT)
 
+    def has_completion(self) -> bool:
+        """Whether ``take_completion`` would return one."""
+        return self._is_there(COMPLETIONS_AT + self._read % COMMANDS * COMPLETION_NBYTES + NUMBER_OF_COMPLETION_AT)
+
     def take_completion(self) -> tuple[int, int, int, int, int, str] | None:
         """Return (cookie, nbytes, device ns, outcome, engine, text) of the next completion, or None."""
         at = COMPLETIONS_AT + self._read % COMMANDS * COMPLETION_NBYTES

@@ -303,7 +303,7 @@ class NvidiaDriver(Driver):
         if tuning.is_for_copy_engines(len(pieces.table), pieces.nbytes, on_host=on_host):
             return CopyPlan(pieces)
         how = shape(pieces.table, pieces.nbytes, self._processors, tuning, on_host=on_host)
-        return KernelPlan(pieces.nbytes, how, self._function, self._slots)
+        return KernelPlan(pieces, how, self._function, self._slots)
 
     def begin(self, plan: Plan, wait_event: int, done_event: int) -> Flight:
         """Start a plan on a stream of its own."""

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,6 +121,10 @@ class WorkerProcess:
         self._backlog: deque[tuple[Command, Callable[[Told], None]]] = deque()
         self._replies: deque[asyncio.Future[control.Ready | control.Reply]] = deque()
         self._cookie = 0
+        self._spin_s = options.daemon_spin_s
+        self._awake_until = 0.0
+        self._is_awake = False
+        self._late = 0  # commands that ``run_now`` has not waited for to the end
         self._deadline: asyncio.TimerHandle | None = None
         self._end_timer: asyncio.TimerHandle | None = None
         self.end_reason = ""
@@ -272,11 +277,42 @@ class WorkerProcess:
             assert self._ended is not None
             self._ended.add_done_callback(lambda _: done(self._told_lost()))
             return
-        if self._backlog or not self._free_slots or len(self._pending) >= COMMANDS:
+        if self._backlog or self._late or not self._free_slots or len(self._pending) >= COMMANDS:
             self._backlog.append((command, done))
             return
         self._send(command, done)
         self._ring()
+        if self._spin_s:
+            self._stay_awake()
+
+    def run_now(self, command: Command, budget_s: float) -> Told | None:
+        """Send a command and look for its end without sleeping; None where that did not come in time, or cannot be had.
+
+        What is submitted later waits until a command that came late has ended, so that nobody who then sends the same
+        bytes again is told of their end before.
+        """
+        if self._lost is not None or self._pending or self._backlog or not self._free_slots:
+            return None
+        ends: list[Told] = []
+        is_late = False
+
+        def done(told: Told) -> None:
+            ends.append(told)
+            if is_late:
+                self._late -= 1
+
+        self._send(command, done)
+        self._ring()
+        self._stay_awake()
+        stop = time.perf_counter() + budget_s
+        while not ends:
+            if self._queues.has_completion():
+                self._take_completions()
+            elif time.perf_counter() > stop:
+                is_late = True
+                self._late += 1
+                return None
+        return ends[0]
 
     def forget_table(self, table_id: int) -> None:
         """Send a table along the next time: the worker does not have it any more."""
@@ -322,11 +358,36 @@ class WorkerProcess:
             os.eventfd_read(self._told)
         self._take_completions()
         sent = False
-        while self._backlog and self._free_slots and len(self._pending) < COMMANDS and self._lost is None:
+        while (
+            self._backlog
+            and not self._late
+            and self._free_slots
+            and len(self._pending) < COMMANDS
+            and self._lost is None
+        ):
             self._send(*self._backlog.popleft())
             sent = True
         if sent:
             self._ring()
+
+    def _stay_awake(self) -> None:
+        """Keep the event loop from sleeping for a while: it looks here in each of its turns, and serves all others.
+
+        A loop that sleeps has to be woken, for the answer and again for the client's next command, and a core that has
+        gone idle takes longer for that than a GPU for a small move.
+        """
+        self._awake_until = time.perf_counter() + self._spin_s
+        if not self._is_awake:
+            self._is_awake = True
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        self._is_awake = time.perf_counter() < self._awake_until and self._lost is None
+        if self._is_awake:
+            self._loop.call_soon(self._look)
+            if self._pending and self._queues.has_completion():
+                self._on_told()
+                self._stay_awake()
 
     def _take_completions(self) -> None:
         while (completion := self._queues.take_completion()) is not None:
@@ -407,7 +468,7 @@ class WorkerProcess:
         values = {
             "device": self.device,
             "driver": options.driver,
-            "spin": options.spin,
+            "spin": options.worker_spin_s,
             "socket": theirs,
             "memory": memory,
             "wake": wake,

@@ -5,9 +5,10 @@ memory, begins them, looks at those under way, writes completions, and answers r
 nothing has come for a while it sleeps until the daemon rings or asks.
 
 What is under way is looked at by turns, not waited for, because the next command or request must not wait either; for
-the same reason a blocking event of CUDA's is no help. A short move is looked at without a pause. One that takes longer
-than ``SPIN_NS`` is looked at in steps of a twentieth of the time that it has taken so far: it is seen to end at most
-5 % late, and costs next to no processor time.
+the same reason a blocking event of CUDA's is no help. A move is looked at without a pause for as long as an idle worker
+spins, and before that not at all where it cannot have ended yet (``Paces``). One that takes half as long again is looked
+at in steps of a twentieth of the time that it has taken so far: it is seen to end at most 5 % late, and costs next to no
+processor time.
 
 It ends when the socket does, when its parent dies, and when the driver says that the device is lost to it.
 """
@@ -49,14 +50,16 @@ from xferd.plugins.cuda.tables import Missing, Places, Translated, pieces_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from xferd.plugins.cuda.driver import Driver, Flight
+    from xferd.plugins.cuda.driver import Driver, Flight, Plan
 
-SPIN_NS: Final = 200_000
 MAX_STEP_NS: Final = 1_000_000
 """Between two looks at a move that takes long."""
 
 CONTROL_NS: Final = 1_000_000
 """Between two looks at the socket while commands keep coming."""
+
+LEARN_NBYTES: Final = 16 << 20
+"""Moves of as many bytes tell how fast such moves are at best."""
 
 MAX_TURN: Final = 8
 """Commands begun before those under way are looked at again."""
@@ -80,6 +83,24 @@ class _UnderWay:
         self.kept = kept
         self.flight = flight
         self.begun_ns = begun_ns
+
+
+class Paces:
+    """The best speeds seen, by what moves: how long a move takes at least."""
+
+    def __init__(self) -> None:
+        self._best: dict[tuple[Engine, bool], float] = {}
+
+    def learn(self, plan: Plan, taken_ns: int) -> None:
+        """Hear of a move that has ended. Short ones say little of speed."""
+        if plan.nbytes >= LEARN_NBYTES:
+            key = plan.engine, plan.on_host
+            self._best[key] = max(self._best.get(key, 0.0), plan.nbytes / max(taken_ns, 1))
+
+    def least_ns(self, plan: Plan) -> int:
+        """Return how long a move takes at least, with some room; 0 where nothing like it was seen."""
+        best = self._best.get((plan.engine, plan.on_host))
+        return 0 if best is None else int(plan.nbytes / best * 0.95)
 
 
 class Worker:
@@ -107,6 +128,7 @@ class Worker:
         self._requests = Requests(driver, self._places, self._kept)
         self._tables = queues.array[queues.table_at(0) :].view(np.uint64).reshape(-1, TABLE_NBYTES // 16, 2)
         self._files = files
+        self._paces = Paces()
         self._under_way: list[_UnderWay] = []
         self._is_open = True
         self._active_ns = 0
@@ -221,6 +243,8 @@ class Worker:
             except MoveFailed as error:
                 nbytes, text, outcome = 0, str(error), Outcome.FAILED
             device_ns = one.flight.device_ns()
+            if outcome is Outcome.DONE:
+                self._paces.learn(one.kept.plan, device_ns)
             self._queues.put_completion(one.cookie, nbytes, device_ns, outcome, one.kept.plan.engine, text)
             one.kept.end_flight()
         if len(still) == len(self._under_way):
@@ -243,8 +267,12 @@ class Worker:
 
     def _rest(self, now: int, spin_ns: int) -> None:
         if self._under_way:
-            taken_ns = now - self._under_way[-1].begun_ns  # the one begun last is likely the shortest
-            if taken_ns > SPIN_NS:
+            last = self._under_way[-1]  # the one begun last is likely the shortest
+            taken_ns, least_ns = now - last.begun_ns, self._paces.least_ns(last.kept.plan)
+            if least_ns - taken_ns > 2 * spin_ns:  # a sleeper wakes late, and the later the longer it slept
+                self._wait(min(least_ns - taken_ns - spin_ns, MAX_STEP_NS) * 1e-9)
+                return
+            if taken_ns > max(spin_ns, least_ns + least_ns // 2):
                 self._wait(min(taken_ns // 20, MAX_STEP_NS) * 1e-9)
                 return
         elif now - self._active_ns > spin_ns:

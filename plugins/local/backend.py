@@ -73,11 +73,12 @@ def parts_of(chunk: Chunk, count: int) -> list[tuple[Extent, Extent]]:
 class LocalOptions(Options):
     """``[backends.local]``: ``movers`` is the number of threads, and so of chunks that move at once.
 
-    ``nice`` is added to their nice value, so that on a full machine the event loop gets a core before them.
+    ``nice`` is added to their nice value, so that on a full machine the event loop gets a core before them;
+    see ``courtesy.py``.
     """
 
     movers: int = Field(2, ge=1, le=64)
-    nice: int = Field(5, ge=0, le=19)
+    nice: int = Field(10, ge=0, le=19)
 
 
 class LocalBackend(Backend):
@@ -144,7 +145,7 @@ class LocalBackend(Backend):
         """
         return await told(functools.partial(self.begin, chunk))
 
-    def move_now(self, source: Extent, target: Extent) -> Callable[[], int] | None:
+    def move_now(self, source: Extent, target: Extent, agent: str = "") -> Callable[[], int] | None:
         """Return a copy between mapped memories that is as small as ``now.py`` says; else None."""
         if not (isinstance(source.space, MappedSpace) and isinstance(target.space, MappedSpace)):
             return None

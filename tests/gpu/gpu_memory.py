@@ -130,9 +130,12 @@ class Cupy(Memory):
     def fill_slowly(self, array: Any, value: int) -> tuple[Any, Any]:
         stream = self.cupy.cuda.Stream(non_blocking=True)
         with stream:
+            array.fill(value - 1)  # its kernel is loaded now: to load one waits for those that run
+            self.spin((1,), (1,), (np.uint64(0),))
+            stream.synchronize()
             self.spin((1,), (1,), (np.uint64(300_000_000),))
             array.fill(value)
-        return stream, lambda: None
+        return stream, stream.synchronize
 
     def event(self) -> Any:
         return self.cupy.cuda.Event(disable_timing=True, interprocess=True)
@@ -161,9 +164,12 @@ class Torch(Memory):
     def fill_slowly(self, array: Any, value: int) -> tuple[Any, Any]:
         stream = self.torch.cuda.Stream()
         with self.torch.cuda.stream(stream):
+            array.fill_(value - 1)  # its kernel is loaded now: to load one waits for those that run
+            self.torch.cuda._sleep(1)
+            stream.synchronize()
             self.torch.cuda._sleep(500_000_000)  # cycles: some 0.3 s
             array.fill_(value)
-        return stream, lambda: None
+        return stream, stream.synchronize
 
     def event(self) -> Any:
         return self.torch.cuda.Event(interprocess=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from cluster import eventually
 from gpu_memory import DRIVER, GIB, MIB, SETTINGS, free_nbytes
 
 from xferd.api.errors import DeviceLost, InvalidArgument, XferdError
-from xferd.api.types import RegisterDeviceRequest
+from xferd.api.types import RegisterDeviceRequest, TransferState
 from xferd.clients import Client, _calls as calls
 
 if TYPE_CHECKING:
@@ -61,11 +62,12 @@ class Engine:
 
 def workers(daemon: DaemonProcess) -> set[int]:
     """Return the daemon's device workers."""
-    return {
-        child.pid
-        for child in psutil.Process(daemon.process.pid).children()
-        if "xferd.plugins.cuda.worker" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
-    }
+    found = set()
+    for child in psutil.Process(daemon.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, too
+            if "xferd.plugins.cuda.worker" in child.cmdline():
+                found.add(child.pid)
+    return found
 
 
 @pytest.fixture
@@ -123,6 +125,7 @@ def test_a_worker_that_is_lost_fails_its_transfers_only(
         stream, finish = memory.fill_slowly(array, 8)
         event.record(stream)
         transfer = one.transfer("READ", host, region, wait_event=event)
+        eventually(lambda: one.poll_many([transfer])[0].state is TransferState.RUNNING, what="the worker has it")
         os.kill(worker, how)
         with pytest.raises(DeviceLost):
             transfer.wait(30.0)

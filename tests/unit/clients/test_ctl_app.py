@@ -34,6 +34,7 @@ VERBS = (
         "free",
         "sessions",
         "agents",
+        "devices",
         "peers",
         "nodes",
         "regions",

@@ -185,6 +185,16 @@ def test_capsules_are_read_as_numpy_means_them(shape, dtype, step, order, versio
     assert read.is_contiguous == array.flags.c_contiguous
 
 
+@pytest.mark.parametrize("version", [None, (1, 0)])
+def test_a_byte_offset_counts(version):
+    array = np.zeros(64, np.uint8)
+    capsule = array.__dlpack__(max_version=version)
+    name = b"dltensor_versioned" if version else b"dltensor"
+    kind = dlpack._ManagedVersioned if version else dlpack._Managed
+    kind.from_address(dlpack._capsule_pointer(capsule, name)).tensor.byte_offset = 24
+    assert dlpack.read(capsule).address == array.ctypes.data + 24
+
+
 # -- arrays of ours
 
 
@@ -429,6 +439,7 @@ def test_a_pool_is_mapped_once_and_stays_while_the_client_is_attached():
     theirs.array[:] = np.arange(1 << 16, dtype=np.uint64).astype(np.uint8)
     book = DeviceBook()
     handle = theirs.export().handle
+    mapped = len(driver_named("simulated")._opened)  # type: ignore[attr-defined]
 
     def array(offset: int, **changes: Any) -> Any:
         at = DeviceHandle(theirs.allocation.device_uuid, handle, 1 << 16, offset, "simulated")
@@ -445,10 +456,13 @@ def test_a_pool_is_mapped_once_and_stays_while_the_client_is_attached():
     del mapping, first
     book.clear()
     gc.collect()
+    opened = driver_named("simulated")._opened  # type: ignore[attr-defined]
     assert alive() is not None, "a consumer has it"
+    assert len(opened) == mapped + 1
     del second
     gc.collect()
     assert alive() is None
+    assert len(opened) == mapped, "and it is unmapped"
 
 
 def test_a_pool_that_was_made_anew_is_mapped_anew():

@@ -12,7 +12,7 @@ import pytest
 from device_rig import DeviceArena, SharedArena
 from hypothesis import given, strategies as st
 
-from xferd.api.errors import Cancelled, DeviceLost, InvalidArgument, MoveFailed, NotFound, Stale
+from xferd.api.errors import Cancelled, DeviceLost, InvalidArgument, MoveFailed, NotFound, Stale, WouldBlock
 from xferd.api.simulated import device_uuid, export_fd
 from xferd.plugins.base import ALLOCATION_SHIFT, Chunk, DeviceSpace, Extent, MappedSpace
 from xferd.plugins.cuda.backend import CudaBackend
@@ -26,8 +26,8 @@ MIB = 1 << 20
 
 
 @asynccontextmanager
-async def backend_of(**options):
-    backend = CudaBackend(CudaOptions(driver="simulated", spin=0.0, **options))
+async def backend_of(spin=0.0, **options):
+    backend = CudaBackend(CudaOptions(driver="simulated", spin=spin, **options))
     await backend.start()
     try:
         yield backend
@@ -298,3 +298,65 @@ async def test_bytes_that_no_worker_can_map_pass_through_a_bounce_buffer():
         there = Extent(MappedSpace(), np.array([[back.ctypes.data, nbytes]], dtype=np.uint64))
         assert await backend.move(Chunk(target.extent([(0, nbytes)]), there, nbytes, "t", "cause", "agent")) == nbytes
         assert (back == data).all()
+
+
+async def moved_at_once(call, nbytes):
+    """Make the call until a GPU has had the time; a machine that is busy may take it away now and then."""
+    for _ in range(100):
+        try:
+            assert call() == nbytes
+        except WouldBlock:
+            await asyncio.sleep(0.005)
+        else:
+            return
+    raise AssertionError("it never had the time")
+
+
+async def test_a_small_move_is_waited_for_on_the_loop_where_there_are_cores_to_spin():
+    nbytes = 64 << 10
+    async with backend_of(spin=0.01) as backend:
+        source, target = filled(backend, nbytes=nbytes)
+        chunk = chunk_of(source, target, nbytes)
+        call = backend.move_now(chunk.source, chunk.target, "agent")
+        assert call is not None
+        with pytest.raises(WouldBlock):
+            call()  # nobody has a worker yet, and nobody starts one on the loop
+        await backend.move(chunk)
+        target.fill(np.zeros(nbytes, np.uint8))
+        await moved_at_once(call, nbytes)
+        assert (target.read() == source.read()).all()
+        await backend.manager.live(0, "agent").kill("a test")
+        with pytest.raises(WouldBlock):
+            call()
+
+
+async def test_what_is_large_or_would_need_a_core_is_not_waited_for():
+    async with backend_of(spin=0.01) as backend:
+        source, target = filled(backend, (SharedArena, DeviceArena), nbytes=2 * MIB)
+        chunk = chunk_of(source, target, 2 * MIB)
+        assert backend.move_now(chunk.source, chunk.target, "agent") is None
+    async with backend_of() as backend:
+        source, target = filled(backend, nbytes=4096)
+        chunk = chunk_of(source, target, 4096)
+        assert backend.move_now(chunk.source, chunk.target, "agent") is None
+
+
+@pytest.mark.slow
+async def test_a_move_that_takes_too_long_for_the_loop_ends_before_the_long_way_says_so(monkeypatch):
+    fail(monkeypatch, "delay=0.05")
+    nbytes = 64 << 10
+    async with backend_of(spin=0.01) as backend:
+        source, target = filled(backend, nbytes=nbytes)
+        chunk = chunk_of(source, target, nbytes)
+        await backend.move(chunk)
+        call = backend.move_now(chunk.source, chunk.target, "agent")
+        for seed in range(3):
+            source.fill(np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8))
+            with pytest.raises(WouldBlock):
+                call()
+            began = asyncio.get_running_loop().time()
+            assert await backend.move(chunk) == nbytes
+            assert asyncio.get_running_loop().time() - began > 0.09  # both moves, one after the other
+            assert (target.read() == source.read()).all()
+            assert not backend.manager.live(0, "agent")._late
+        assert backend.statistics().busy == 0

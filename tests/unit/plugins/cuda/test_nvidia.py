@@ -109,6 +109,7 @@ def scattered(draw):
     return draw(st.permutations(rows))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=scattered(), copies=st.booleans(), processors=st.sampled_from([1, 2, 8, 132]))
 def test_every_byte_goes_to_its_place_at_any_alignment(driver, rows, copies, processors):
@@ -121,7 +122,9 @@ def test_every_byte_goes_to_its_place_at_any_alignment(driver, rows, copies, pro
         expected[goal : goal + size] = source[origin : origin + size]
     table = np.array(rows, dtype=np.uint64) + np.array([one, two, 0], dtype=np.uint64)
     driver._processors = processors  # tiles are cut by it
-    driver._tuning = Tuning(copies=100 if copies else 0, device_copy_nbytes=1 << 40)
+    driver._tuning = Tuning(
+        device_copies=100 if copies else 0, host_copies=100 if copies else 0, device_copy_nbytes=1 << 40
+    )
     plan, _ = fly(driver, Pieces(table, int(table[:, 2].sum()), from_host=False, to_host=False))
     assert plan.engine is (Engine.COPY if copies else Engine.KERNEL)
     np.testing.assert_array_equal(target, expected)
@@ -129,6 +132,7 @@ def test_every_byte_goes_to_its_place_at_any_alignment(driver, rows, copies, pro
     driver.close(two)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.one_of(st.integers(1, 5000), st.integers(1, 1 << 22)), min_size=1, max_size=200),
@@ -319,7 +323,7 @@ def test_the_name_of_a_kept_kernel_holds_what_it_depends_on(tmp_path):
         kernel.cache_path(home, "sm_90", 13000, Tuning(streaming=True)),
     }
     assert len(others | {first}) == 5
-    assert kernel.cache_path(home, "sm_90", 13000, Tuning(copies=9)) == first
+    assert kernel.cache_path(home, "sm_90", 13000, Tuning(host_copies=9)) == first
     assert kernel.cache_path({"CACHE_DIRECTORY": "/a:/b", "XDG_CACHE_HOME": "/c"}, "sm_90", 1, Tuning()).parts[1] == "a"
     assert kernel.cache_path({}, "sm_90", 1, Tuning()) is None
 

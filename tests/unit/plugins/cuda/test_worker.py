@@ -248,6 +248,7 @@ def test_a_handle_dies_with_its_process_but_open_memory_lives(rig, exporter):
     assert (ours == 7).all()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_comes_back():
     with WorkerRig(simulated_nbytes=4 * NBYTES) as small:
         assert small.ready.total_nbytes == small.ready.free_nbytes == 4 * NBYTES
@@ -411,6 +412,7 @@ def faults(text):
     return {"XFERD_SIMULATED_FAULTS": text}
 
 
+@pytest.mark.slow
 def test_a_failed_move_is_told_and_the_next_one_works():
     with WorkerRig(env=faults("fail=2")) as rig:
         one = allocate(rig, 1)
@@ -421,6 +423,7 @@ def test_a_failed_move_is_told_and_the_next_one_works():
         assert not one[32:36].any()
 
 
+@pytest.mark.slow
 def test_a_lost_device_fails_all_that_is_under_way_and_ends_the_worker():
     with WorkerRig(env=faults("lost=2")) as rig:
         allocate(rig, 1)
@@ -436,6 +439,7 @@ def test_a_lost_device_fails_all_that_is_under_way_and_ends_the_worker():
         os.close(event.fd)
 
 
+@pytest.mark.slow
 def test_a_crash_ends_the_socket():
     with WorkerRig(env=faults("crash=1")) as rig:
         allocate(rig, 1)
@@ -444,6 +448,7 @@ def test_a_crash_ends_the_socket():
         assert control.receive(rig.socket) is None
 
 
+@pytest.mark.slow
 def test_a_fault_can_strike_once_of_all_processes(tmp_path):
     env = faults(f"crash=1,once={tmp_path / 'struck'}")
     for status in (-signal.SIGKILL, None):
@@ -456,6 +461,7 @@ def test_a_fault_can_strike_once_of_all_processes(tmp_path):
                 assert ended(rig) == status
 
 
+@pytest.mark.slow
 def test_a_hanging_worker_answers_nothing_and_can_be_killed():
     with WorkerRig(env=faults("hang=1")) as rig:
         allocate(rig, 1)
@@ -466,6 +472,7 @@ def test_a_hanging_worker_answers_nothing_and_can_be_killed():
         assert ended(rig) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_stalled_move_leaves_the_worker_alone():
     with WorkerRig(env=faults("stall=1")) as rig:
         allocate(rig, 1)
@@ -474,6 +481,7 @@ def test_a_stalled_move_leaves_the_worker_alone():
         assert rig.ask(control.Ask()).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "error"),
     [
@@ -496,6 +504,7 @@ def test_a_worker_that_cannot_start_says_why(how, error):
         assert ended(rig) == 1
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_its_socket_and_leaves_interrupts_to_its_parent():
     rig = WorkerRig()
     rig.process.send_signal(signal.SIGINT)
