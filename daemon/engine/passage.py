@@ -8,6 +8,7 @@ whether to commit; the runner does it by this.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from xferd.plugins.base import LegScope
@@ -103,10 +104,12 @@ class Passage:
         """Return a move that shows the sealer the bytes as they pass, so that it need not read them once more."""
 
         async def moved(chunk: Chunk) -> int:
-            nbytes = await move(chunk)
+            reading = self._reading if is_first else None
+            awaited = None if reading is None else self._sealer.arriving(reading, chunk.source, chunk.target)
+            nbytes = await move(chunk if awaited is None else replace(chunk, sums=awaited.sums))
             if nbytes == chunk.nbytes:
-                if is_first and self._reading is not None:
-                    await self._sealer.arrived(self._reading, chunk.source, chunk.target)
+                if reading is not None and awaited is not None:
+                    await self._sealer.arrived(reading, awaited, chunk.source, chunk.target)
                 if is_last and self._ticket is not None:
                     await self._sealer.passed(self._ticket, chunk.source, chunk.target)
             return nbytes

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from xferd.plugins.base import Extent
+    from xferd.plugins.base import BlockSums, Extent
 
 
 class WriteTicket(Protocol):
@@ -20,6 +20,14 @@ class WriteTicket(Protocol):
 
 class ReadTicket(Protocol):
     """What ``reading`` gave; ended once, by ``finish``, or dropped."""
+
+
+class AwaitedSums(Protocol):
+    """What ``arriving`` gave, for one chunk."""
+
+    @property
+    def sums(self) -> BlockSums:
+        """What a backend may sum on the way."""
 
 
 class Sealer(Protocol):
@@ -61,8 +69,15 @@ class Sealer(Protocol):
         With a ticket, ``finish`` takes the place of ``verify``; arguments and errors are those of ``verify``.
         """
 
-    async def arrived(self, ticket: ReadTicket, source: Extent, target: Extent) -> None:
-        """Be told that a chunk has moved, while its target has the bytes: they are compared there. Optional."""
+    def arriving(self, ticket: ReadTicket, source: Extent, target: Extent) -> AwaitedSums | None:
+        """Be told that a chunk is about to move; None where it is not compared by itself, but by ``finish``."""
+
+    async def arrived(self, ticket: ReadTicket, chunk: AwaitedSums, source: Extent, target: Extent) -> None:
+        """Be told that a chunk has moved, while its target has the bytes: what was not summed yet is summed there.
+
+        Raises:
+            IntegrityError: a block is not what was sealed.
+        """
 
     async def finish(self, ticket: ReadTicket) -> None:
         """Compare what was not compared where it arrived, before DONE is told; errors as with ``verify``."""
@@ -104,7 +119,11 @@ class NoSealer:
         """Nothing will be compared."""
         return None
 
-    async def arrived(self, ticket: ReadTicket, source: Extent, target: Extent) -> None:
+    def arriving(self, ticket: ReadTicket, source: Extent, target: Extent) -> AwaitedSums | None:
+        """Nothing is compared."""
+        return None
+
+    async def arrived(self, ticket: ReadTicket, chunk: AwaitedSums, source: Extent, target: Extent) -> None:
         """Nothing is compared."""
 
     async def finish(self, ticket: ReadTicket) -> None:

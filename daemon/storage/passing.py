@@ -2,7 +2,7 @@
 
 Saves reading back what was written, which with O_DIRECT would be the disk's own time. Only blocks that a chunk covers
 whole, and whose bytes lie in mapped memory in pieces that are not too small, are summed here; the rest is read back
-when the transfer ends.
+when the transfer ends. What the backend has summed as it moved the bytes (``BlockSums``) is not summed again.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import xxhash
 
+from xferd.daemon.storage.touching import is_one_run
+from xferd.plugins.base import BlockSums
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
     from xferd.daemon.storage.catalogue import Extent
     from xferd.daemon.storage.touching import BlockSpan
     from xferd.plugins.base import IovTable
+    from xferd.plugins.posix.xxh3 import Summer
 
 MIN_PIECE_NBYTES = 16 << 10
 """Mean size of the pieces of memory below which the interpreter would cost more than reading back."""
@@ -46,8 +50,10 @@ class Passed:
 
 def passed(spans: Iterable[BlockSpan], file: IovTable, memory: IovTable) -> Passed:
     """Say which of the blocks that a chunk's file rows touch (``spans``) can be summed from its memory rows."""
-    runs = _runs(file)
     nbytes = int(memory[:, 1].sum())
+    if len(memory) * MIN_PIECE_NBYTES <= nbytes and is_one_run(file):
+        return _passed_in_order(spans, int(file[0, 0]), nbytes)
+    runs = _runs(file)
     usable = runs is not None and len(memory) * MIN_PIECE_NBYTES <= max(nbytes, MIN_PIECE_NBYTES)
     whole, partial = [], []
     for extent, first, stop in spans:
@@ -67,8 +73,72 @@ def passed(spans: Iterable[BlockSpan], file: IovTable, memory: IovTable) -> Pass
     return Passed(tuple(whole), tuple(partial))
 
 
-def sums_of_memory(blocks: Sequence[WholeBlocks], memory: IovTable) -> list[list[int]]:
-    """Return the xxh3 of each block, from memory rows of this process that stay in place meanwhile. For threads."""
+def _passed_in_order(spans: Iterable[BlockSpan], start: int, nbytes: int) -> Passed:
+    """Do it for one run of the file, without columns of runs: most chunks, and each has to be quick."""
+    whole: list[WholeBlocks] = []
+    partial: list[tuple[Extent, tuple[int, ...]]] = []
+    stop = start + nbytes
+    for extent, first, end in spans:
+        size, origin = extent.block_nbytes, extent.offset
+        low = min(max(first, -(-(start - origin) // size)), end)
+        high = end if min(origin + end * size, extent.end) <= stop else end - 1
+        if low < high:
+            numbers = np.arange(low, high, dtype=np.int64)
+            begin = numbers * size + (origin - start)
+            finish = begin + size
+            finish[-1] = min(int(finish[-1]), extent.end - start)
+            whole.append(WholeBlocks(extent, numbers, begin, finish))
+        cut = (*range(first, low), *range(max(low, high), end))
+        if cut:
+            partial.append((extent, cut))
+    return Passed(tuple(whole), tuple(partial))
+
+
+class Awaited:
+    """Blocks of a chunk whose sums are wanted; ``sums``, in the order of their bytes, may be filled in by a backend."""
+
+    __slots__ = ("_order", "chunk", "sums")
+
+    def __init__(self, chunk: Passed) -> None:
+        self.chunk = chunk
+        self._order: NDArray[np.int64] | None = None
+        if len(chunk.whole) == 1 and (chunk.whole[0].begin[1:] > chunk.whole[0].begin[:-1]).all():
+            self.sums = BlockSums.of(chunk.whole[0].begin, chunk.whole[0].end)
+            return
+        begin = np.concatenate([each.begin for each in chunk.whole] or [np.empty(0, np.int64)])
+        end = np.concatenate([each.end for each in chunk.whole] or [np.empty(0, np.int64)])
+        self._order = np.argsort(begin, kind="stable")
+        self.sums = BlockSums.of(begin[self._order], end[self._order])
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all sums are there."""
+        return bool(self.sums.is_known.all())
+
+    def by_extent(self) -> list[NDArray[np.uint64]]:
+        """Return the sums of each of the chunk's ``whole``."""
+        if self._order is None:
+            return [self.sums.values]
+        values = np.empty_like(self.sums.values)
+        values[self._order] = self.sums.values
+        borders = np.cumsum([len(each.numbers) for each in self.chunk.whole])[:-1]
+        return np.split(values, borders) if self.chunk.whole else []
+
+
+def sum_memory(sums: BlockSums, memory: IovTable, summer: Summer | None) -> None:
+    """Make the sums that are missing, from memory rows of this process that stay in place meanwhile. For threads.
+
+    Without a ``summer`` it takes a loop of the interpreter, which for small blocks costs as much as the sums.
+    """
+    missing = ~sums.is_known
+    rest = BlockSums.of(sums.begin[missing], sums.stop[missing])
+    if summer is None or not summer.sum_memory(rest, memory):
+        rest.values[:] = _sums_by_calls(rest.begin, rest.stop, memory)
+    sums.values[missing] = rest.values
+    sums.is_known[:] = True
+
+
+def _sums_by_calls(begins: NDArray[np.int64], ends: NDArray[np.int64], memory: IovTable) -> list[int]:
     address = memory[:, 0].astype(np.int64)
     end = np.cumsum(memory[:, 1].astype(np.int64))
     start = end - memory[:, 1].astype(np.int64)
@@ -76,24 +146,17 @@ def sums_of_memory(blocks: Sequence[WholeBlocks], memory: IovTable) -> list[list
     span = int((address + (end - start)).max()) - low
     # One view over all of it, of which only the rows are ever touched: making one for each would cost more.
     view = memoryview((ctypes.c_char * span).from_address(low)).cast("B")
-    found = []
-    for each in blocks:
-        first = np.searchsorted(end, each.begin, side="right").tolist()
-        last = np.searchsorted(end, each.end, side="left").tolist()
-        sums = []
-        for begin, stop, i, j in zip(each.begin.tolist(), each.end.tolist(), first, last, strict=True):
-            if i == j:
-                at = int(address[i]) - low + begin - int(start[i])
-                sums.append(int(xxhash.xxh3_64_intdigest(view[at : at + stop - begin])))
-                continue
-            state = xxhash.xxh3_64()
-            for row in range(i, j + 1):
-                here, there = max(begin, int(start[row])), min(stop, int(end[row]))
-                at = int(address[row]) - low + here - int(start[row])
-                state.update(view[at : at + there - here])
-            sums.append(int(state.intdigest()))
-        found.append(sums)
-    return found
+    first = np.searchsorted(end, begins, side="right").tolist()
+    last = np.searchsorted(end, ends, side="left").tolist()
+    sums = []
+    for begin, stop, i, j in zip(begins.tolist(), ends.tolist(), first, last, strict=True):
+        state = xxhash.xxh3_64()
+        for row in range(i, j + 1):
+            here, there = max(begin, int(start[row])), min(stop, int(end[row]))
+            at = int(address[row]) - low + here - int(start[row])
+            state.update(view[at : at + there - here])
+        sums.append(int(state.intdigest()))
+    return sums
 
 
 class _Runs(NamedTuple):

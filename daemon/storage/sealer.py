@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from xferd.api.errors import XferdError
-from xferd.daemon.storage.passing import passed
+from xferd.daemon.storage.passing import Awaited, passed
 from xferd.plugins.base import FileSpace, MappedSpace
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from xferd.daemon.engine.sealing import ReadTicket, WriteTicket
+    from xferd.daemon.engine.sealing import AwaitedSums, ReadTicket, WriteTicket
     from xferd.daemon.storage.catalogue import Extent as StoredExtent
     from xferd.daemon.storage.pool import StoragePool
     from xferd.daemon.storage.sealing import Sealing, Writing
@@ -115,15 +115,23 @@ class StorageSealer:
         touched = {span.extent for _, spans in found for span in spans}
         return StorageReading(tuple(found), {each: each.opens.copy() for each in touched}, set(), is_asked)
 
-    async def arrived(self, ticket: ReadTicket, source: Extent, target: Extent) -> None:
-        """See ``Sealer.arrived``."""
+    def arriving(self, ticket: ReadTicket, source: Extent, target: Extent) -> Awaited | None:
+        """See ``Sealer.arriving``."""
         assert isinstance(ticket, StorageReading)
         place = self._place(source)
         if place is None or not isinstance(target.space, MappedSpace):
-            return
-        if any(sealing is place.sealing for sealing, _ in ticket.reading):
-            chunk = passed(place.extents.touched(source.iov), source.iov, target.iov)
-            ticket.done.update(await place.sealing.arrived(chunk, ticket.opens, target.iov))
+            return None
+        if not any(sealing is place.sealing for sealing, _ in ticket.reading):
+            return None
+        return Awaited(passed(place.extents.touched(source.iov), source.iov, target.iov))
+
+    async def arrived(self, ticket: ReadTicket, chunk: AwaitedSums, source: Extent, target: Extent) -> None:
+        """See ``Sealer.arrived``."""
+        assert isinstance(ticket, StorageReading)
+        assert isinstance(chunk, Awaited)
+        place = self._place(source)
+        assert place is not None
+        ticket.done.update(await place.sealing.arrived(chunk, ticket.opens, target.iov))
 
     async def finish(self, ticket: ReadTicket) -> None:
         """See ``Sealer.finish``."""

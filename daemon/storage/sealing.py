@@ -21,8 +21,9 @@ from xferd.api.errors import IntegrityError
 from xferd.daemon.storage import records as r
 from xferd.daemon.storage.catalogue import OPEN, SEALED, SUMMED, runs_of_equal, seals_of
 from xferd.daemon.storage.checksums import sums_of
-from xferd.daemon.storage.passing import sums_of_memory
+from xferd.daemon.storage.passing import Awaited, sum_memory
 from xferd.daemon.storage.touching import BlockSpan
+from xferd.plugins.posix import xxh3
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping, Sequence
@@ -67,11 +68,11 @@ class Writing:
     alone: tuple[NDArray[np.bool_], ...]
     sums: dict[Extent, dict[int, int | None]] = field(default_factory=dict)
 
-    def note(self, chunk: Passed, sums: Iterable[list[int]]) -> None:
+    def note(self, chunk: Passed, sums: Iterable[NDArray[np.uint64]]) -> None:
         """Take down what a chunk has written; a block that several chunks touch is read back."""
         for whole, values in zip(chunk.whole, sums, strict=True):
             known = self.sums.setdefault(whole.extent, {})
-            for number, value in zip(whole.numbers.tolist(), values, strict=True):
+            for number, value in zip(whole.numbers.tolist(), values.tolist(), strict=True):
                 known[number] = None if number in known else value
         for extent, numbers in chunk.partial:
             self.sums.setdefault(extent, {}).update(dict.fromkeys(numbers))
@@ -139,18 +140,15 @@ class Sealing:
 
     async def passed(self, writing: Writing, chunk: Passed, memory: IovTable) -> None:
         """Sum what a chunk has written from the memory that it came from."""
-        sums = (
-            await self.sums_of_memory(chunk, memory)
-            if self._has_checksums
-            else [[0] * len(w.numbers) for w in chunk.whole]
-        )
-        writing.note(chunk, sums)
+        awaited = Awaited(chunk)
+        if self._has_checksums:
+            await self._complete(awaited, memory)
+        writing.note(chunk, awaited.by_extent())
 
-    async def sums_of_memory(self, chunk: Passed, memory: IovTable) -> list[list[int]]:
-        """Return the checksums of a chunk's whole blocks, computed in a thread."""
-        if not chunk.whole:
-            return []
-        return await self._volume.movers.run(sums_of_memory, chunk.whole, memory)
+    async def _complete(self, awaited: Awaited, memory: IovTable) -> None:
+        """Sum in a thread what the backend has not summed."""
+        if not awaited.is_known:
+            await self._volume.movers.run(sum_memory, awaited.sums, memory, xxh3.load())
 
     async def prove(self, writing: Writing) -> None:
         """Prove blocks that were written: on the disk when this returns, checksums and all.
@@ -190,9 +188,11 @@ class Sealing:
             extent.writers[first:stop] -= 1
 
     async def arrived(
-        self, chunk: Passed, opens: Mapping[Extent, NDArray[np.uint32]], memory: IovTable
+        self, chunk: Awaited, opens: Mapping[Extent, NDArray[np.uint32]], memory: IovTable
     ) -> set[tuple[Extent, int]]:
-        """Compare what a chunk has read, in the memory where it has arrived; returns the blocks that were compared.
+        """Compare what a chunk has read; returns the blocks that were compared.
+
+        What was summed on the way to the memory where it has arrived is compared so, the rest in that memory.
 
         Args:
             chunk: its blocks.
@@ -203,10 +203,11 @@ class Sealing:
             IntegrityError: a block is not what was sealed.
         """
         done: set[tuple[Extent, int]] = set()
-        for whole, sums in zip(chunk.whole, await self.sums_of_memory(chunk, memory), strict=True):
+        await self._complete(chunk, memory)
+        for whole, sums in zip(chunk.chunk.whole, chunk.by_extent(), strict=True):
             extent, numbers = whole.extent, whole.numbers
             same = (extent.opens[numbers] == opens[extent][numbers]) & (extent.writers[numbers] == 0)
-            wrong = same & (extent.state[numbers] == SUMMED) & (extent.sums[numbers] != np.array(sums, np.uint64))
+            wrong = same & (extent.state[numbers] == SUMMED) & (extent.sums[numbers] != sums)
             self._counters.verified_nbytes += int((whole.end - whole.begin)[~wrong].sum())
             if wrong.any():
                 await self._blame(extent, numbers[wrong].tolist())

@@ -1,4 +1,5 @@
-/* What files want of C: copies from a mapping of a file that may be cut meanwhile, and turns of an io_uring queue.
+/* What files want of C: copies from a mapping of a file that may be cut meanwhile, sums of what is copied, and turns of an
+ * io_uring queue.
  *
  * No Python API: called through ctypes, which lets go of the interpreter lock. Optional: where there was no compiler
  * when xferd was built, mapping.py and engines.py have slower ways.
@@ -13,6 +14,154 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+/* ---- sums of blocks ---------------------------------------------------------------------------------------------- */
+
+/* The functions of a hash, from whatever library xxh3.py has found. */
+struct hasher {
+    void *(*create)(void);
+    int (*release)(void *);
+    int (*reset)(void *);
+    int (*update)(void *, const void *, size_t);
+    uint64_t (*digest)(const void *);
+    uint64_t (*whole)(const void *, size_t);
+};
+
+/* Blocks of a stream of bytes, ascending and apart from each other, and where their sums go. */
+struct summing {
+    const struct hasher *hasher;
+    const uint64_t *begin;
+    const uint64_t *stop;
+    size_t count;
+    uint64_t *sums;
+};
+
+/* Sum blocks of the stream that rows of memory make up, which reach to the end of the last one at least. Returns 0, or -1
+ * where there is no memory. */
+int xferd_sum_pieces(const struct summing *wanted, const struct iovec *row)
+{
+    const struct hasher *hasher = wanted->hasher;
+    uint64_t passed = 0; /* bytes of the rows before the one at hand */
+    void *state = hasher->create();
+
+    if (!state)
+        return -1;
+    for (size_t block = 0; block < wanted->count; block++) {
+        uint64_t at = wanted->begin[block], stop = wanted->stop[block];
+
+        while (at >= passed + row->iov_len)
+            passed += row++->iov_len;
+        if (stop <= passed + row->iov_len) {
+            wanted->sums[block] = hasher->whole((const char *)row->iov_base + (at - passed), stop - at);
+            continue;
+        }
+        hasher->reset(state);
+        for (;;) {
+            uint64_t end = passed + row->iov_len < stop ? passed + row->iov_len : stop;
+
+            hasher->update(state, (const char *)row->iov_base + (at - passed), end - at);
+            if ((at = end) == stop)
+                break;
+            passed += row++->iov_len;
+        }
+        wanted->sums[block] = hasher->digest(state);
+    }
+    hasher->release(state);
+    return 0;
+}
+
+/* Bytes that are summed at a time. They and the hash's state stay in the first-level cache; 16 KiB do not. */
+#define KEPT 4096
+
+/* Copy to two places. Each byte is loaded once: what is summed is what was stored to the target, whatever happens to the
+ * page that it came from. */
+static void copy_keeping(char *to, char *kept, const char *from, size_t size, int past_cache)
+{
+#ifdef __SSE2__
+    if (past_cache && size >= PAST_CACHE_MIN) {
+        size_t head = -(uintptr_t)to & 63;
+
+        memcpy(kept, from, head);
+        memcpy(to, kept, head);
+        for (to += head, kept += head, from += head, size -= head; size >= 64;
+             to += 64, kept += 64, from += 64, size -= 64) {
+            /* While the hash is at work nothing else is asked of memory; a page ahead, also of the last, does no harm. */
+            __builtin_prefetch(from + KEPT);
+            __m128i a = _mm_loadu_si128((const __m128i *)from);
+            __m128i b = _mm_loadu_si128((const __m128i *)(from + 16));
+            __m128i c = _mm_loadu_si128((const __m128i *)(from + 32));
+            __m128i d = _mm_loadu_si128((const __m128i *)(from + 48));
+
+            _mm_storeu_si128((__m128i *)kept, a);
+            _mm_storeu_si128((__m128i *)(kept + 16), b);
+            _mm_storeu_si128((__m128i *)(kept + 32), c);
+            _mm_storeu_si128((__m128i *)(kept + 48), d);
+            _mm_stream_si128((__m128i *)to, a);
+            _mm_stream_si128((__m128i *)(to + 16), b);
+            _mm_stream_si128((__m128i *)(to + 32), c);
+            _mm_stream_si128((__m128i *)(to + 48), d);
+        }
+    }
+#else
+    (void)past_cache;
+#endif
+    memcpy(kept, from, size);
+    memcpy(to, kept, size);
+}
+
+/* As xferd_copy_pieces, and sum blocks of what is copied on the way. */
+static void copy_summing(const struct iovec *target, const struct iovec *source, size_t sources, int past_cache,
+                         const struct summing *wanted, void *state)
+{
+    const struct hasher *hasher = wanted->hasher;
+    uint64_t at = 0, never = UINT64_MAX; /* in the stream of bytes that is copied */
+    size_t filled = 0, held = 0, block = 0;
+    char kept[KEPT] __attribute__((aligned(64)));
+
+    hasher->reset(state);
+    for (const struct iovec *end = source + sources; source < end; source++) {
+        const char *from = source->iov_base;
+        size_t left = source->iov_len;
+
+        while (left) {
+            uint64_t begin = block < wanted->count ? wanted->begin[block] : never;
+            uint64_t stop = at < begin ? begin : wanted->stop[block];
+            size_t room = target->iov_len - filled;
+            size_t size = left < room ? left : room;
+            char *to = (char *)target->iov_base + filled;
+
+            if (size > stop - at)
+                size = stop - at;
+            if (at >= begin) {
+                if (size > KEPT - held)
+                    size = KEPT - held;
+                copy_keeping(to, kept + held, from, size, past_cache);
+                held += size;
+                if (held == KEPT || at + size == stop) {
+                    hasher->update(state, kept, held);
+                    held = 0;
+                }
+                if (at + size == stop) {
+                    wanted->sums[block++] = hasher->digest(state);
+                    hasher->reset(state);
+                }
+            } else if (past_cache && size >= PAST_CACHE_MIN)
+                copy_past_cache(to, from, size);
+            else
+                memcpy(to, from, size);
+            at += size;
+            from += size;
+            left -= size;
+            filled += size;
+            if (filled == target->iov_len) {
+                target++;
+                filled = 0;
+            }
+        }
+    }
+    if (past_cache)
+        finish();
+}
 
 /* ---- copies that survive SIGBUS ---------------------------------------------------------------------------------- */
 
@@ -49,9 +198,11 @@ int xferd_guard(void)
     return sigaction(SIGBUS, NULL, &before) || sigaction(SIGBUS, &ours, NULL) ? -1 : 0;
 }
 
-/* As xferd_copy_pieces; returns -1 where a page could not be had (some bytes have been copied then), or where somebody
- * else has taken SIGBUS (none have). */
-static int copy_guarded(const struct iovec *target, const struct iovec *source, size_t sources, int past_cache)
+/* As copy_summing, or as xferd_copy_pieces where no state is given; returns -1 where a page could not be had (some bytes
+ * have been copied then), or where somebody else has taken SIGBUS (none have). The hash reads no page of a file, so that
+ * no jump leaves it half done. */
+static int copy_guarded(const struct iovec *target, const struct iovec *source, size_t sources, int past_cache,
+                        const struct summing *wanted, void *state)
 {
     sigjmp_buf here;
 
@@ -63,7 +214,10 @@ static int copy_guarded(const struct iovec *target, const struct iovec *source, 
     }
     way_back = &here;
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
-    xferd_copy_pieces(target, source, sources, past_cache);
+    if (state)
+        copy_summing(target, source, sources, past_cache, wanted, state);
+    else
+        xferd_copy_pieces(target, source, sources, past_cache);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     way_back = NULL;
     return 0;
@@ -94,12 +248,15 @@ static int is_cached(int fd, const struct iovec *spans, size_t count, size_t pro
 }
 
 /* Read spans of a file, each one as (position, bytes), from its mapping at base into target, of the same total; source is
- * room for a copy of the spans. Returns 0, or -1 where calls have to read all of it again: some of it is not in the page
+ * room for a copy of the spans; wanted is NULL, or what is to be summed of the stream that they make up. Returns 0, or -1 where calls have to read all of it again: some of it is not in the page
  * cache, or the file ends before ``end``, or a page could not be had. */
 int xferd_read_mapped(int fd, uint64_t base, const struct iovec *spans, size_t count, uint64_t end, size_t probes,
-                      struct iovec *source, const struct iovec *target, int past_cache)
+                      struct iovec *source, const struct iovec *target, int past_cache,
+                      const struct summing *wanted)
 {
     struct stat facts;
+    void *state = NULL;
+    int code;
 
     if (!is_cached(fd, spans, count, probes))
         return -1;
@@ -107,7 +264,12 @@ int xferd_read_mapped(int fd, uint64_t base, const struct iovec *spans, size_t c
         source[row].iov_base = (char *)spans[row].iov_base + base;
         source[row].iov_len = spans[row].iov_len;
     }
-    if (copy_guarded(target, source, count, past_cache))
+    if (wanted && !(state = wanted->hasher->create()))
+        return -1;
+    code = copy_guarded(target, source, count, past_cache, wanted, state);
+    if (state)
+        wanted->hasher->release(state);
+    if (code)
         return -1;
     /* What lies after the end of a file that was cut within a page reads as zeros. */
     return fstat(fd, &facts) || (uint64_t)facts.st_size < end ? -1 : 0;

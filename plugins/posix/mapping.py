@@ -5,6 +5,11 @@ the thread that copies, and the bytes are read again by calls, which can say wha
 is out of the ordinary is left to calls: files that are not sure to be in the cache, file systems of other machines,
 anything but regular files.
 
+Blocks that are to be summed are summed on the way, 4 KiB at a time: from a copy of what was stored to the target, made
+by the same loads, and not from the page. So a page that changes meanwhile (a transfer writes to it; the disk's bytes
+are read anew; somebody else writes to the file) changes what arrives and what is summed alike. What happens to the
+target afterwards is not seen.
+
 A mapping is kept for a moment after its last use, because its first pages cost as much as copying them. It holds on to
 the file (also to one that is deleted, and to its mount), and so it has an end: ``IDLE_S``.
 """
@@ -24,12 +29,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xferd.plugins.posix import xxh3
 from xferd.plugins.vectored import total_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from xferd.plugins.base import IovTable
+    from xferd.plugins.base import BlockSums, IovTable
     from xferd.plugins.posix.native import Native
 
 MIN_NBYTES = 256 << 10
@@ -87,6 +93,7 @@ class Mappings:
 
     def __init__(self, native: Native, clock: Callable[[], float] = time.monotonic) -> None:
         self._native = native
+        self._summer = xxh3.load()
         self._clock = clock
         self._lock = threading.Lock()
         self._held: OrderedDict[tuple[int, int], _Mapping] = OrderedDict()  # by device and inode
@@ -96,8 +103,11 @@ class Mappings:
         """Number of files that are mapped."""
         return len(self._held)
 
-    def read(self, fd: int, spans: IovTable, memory: IovTable) -> bool:
-        """Read spans of a file into memory of the same total; False where calls have to do it, all of it."""
+    def read(self, fd: int, spans: IovTable, memory: IovTable, sums: BlockSums | None = None) -> bool:
+        """Read spans of a file into memory of the same total; False where calls have to do it, all of it.
+
+        ``sums`` are made on the way, where there is a library for it.
+        """
         nbytes = total_nbytes(spans)
         if nbytes < MIN_NBYTES:
             return False
@@ -108,12 +118,18 @@ class Mappings:
             return False
         asked = spans.ctypes.data, len(spans), end, PROBES
         room = np.empty_like(spans)
+        tables = room.ctypes.data, memory.ctypes.data
+        wish = self._summer.wish(sums) if self._summer and sums and len(sums.begin) else None
         try:
-            return not self._native.read_mapped(
-                fd, mapping.address, *asked, room.ctypes.data, memory.ctypes.data, nbytes >= PAST_CACHE_NBYTES
-            )
+            if self._native.read_mapped(
+                fd, mapping.address, *asked, *tables, nbytes >= PAST_CACHE_NBYTES, wish and ctypes.byref(wish)
+            ):
+                return False
         finally:
             self._give_back(mapping)
+        if sums is not None and wish is not None:
+            sums.is_known[:] = True
+        return True
 
     def drop_idle(self) -> bool:
         """Unmap what nobody has used for a while; returns whether mappings are left. May take milliseconds."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from xferd.plugins.base import FileSpace, IovTable
+    from xferd.plugins.base import BlockSums, FileSpace, IovTable
     from xferd.plugins.posix.direct import BounceMemory, DirectFile, DirectPolicy
     from xferd.plugins.posix.engines import Engine, Stop
     from xferd.plugins.posix.mapping import Mappings
@@ -59,9 +59,19 @@ class FileMover:
         self._piece_nbytes = piece_nbytes
         self._mappings = mappings
 
-    def move(self, space: FileSpace, spans: IovTable, memory: IovTable, *, write: bool, stop: Stop) -> int:
+    def move(
+        self,
+        space: FileSpace,
+        spans: IovTable,
+        memory: IovTable,
+        sums: BlockSums | None,
+        *,
+        write: bool,
+        stop: Stop,
+    ) -> int:
         """Read spans of a file into memory of the same total, or write them; returns the bytes moved, all of them.
 
+        ``sums`` of what is read are filled in where the bytes pass the processor; others are cheaper made elsewhere.
         Nothing is under way when this returns or raises.
 
         Raises:
@@ -72,7 +82,7 @@ class FileMover:
         stop.check()
         file = self._policy.open(space)
         if file is None:
-            self._through_cache(space.fd, spans, memory, write=write, stop=stop)
+            self._through_cache(space.fd, spans, memory, sums, write=write, stop=stop)
         else:
             with file:
                 past = _Past(file, self._engine, self._bounce, self._piece_nbytes, write=write, stop=stop)
@@ -81,8 +91,10 @@ class FileMover:
                 self._policy.refuse(space, "EINVAL for requests that are aligned")
         return vectored.total_nbytes(memory)
 
-    def _through_cache(self, fd: int, spans: IovTable, memory: IovTable, *, write: bool, stop: Stop) -> None:
-        if not write and self._mappings is not None and self._mappings.read(fd, spans, memory):
+    def _through_cache(
+        self, fd: int, spans: IovTable, memory: IovTable, sums: BlockSums | None, *, write: bool, stop: Stop
+    ) -> None:
+        if not write and self._mappings is not None and self._mappings.read(fd, spans, memory, sums):
             return
         if len(spans) <= FEW_SPANS:
             (vectored.write_file_spans if write else vectored.read_file_spans)(fd, spans, memory)

@@ -28,6 +28,18 @@ class Queue(ctypes.Structure):
     )
 
 
+class Summing(ctypes.Structure):
+    """``struct summing``: which blocks of a stream of bytes are summed, and by what."""
+
+    _fields_ = (
+        ("hasher", ctypes.c_void_p),
+        ("begin", ctypes.c_void_p),
+        ("stop", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+        ("sums", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Native:
     """What was compiled. All release the interpreter lock.
@@ -35,11 +47,13 @@ class Native:
     Attributes:
         guard: take SIGBUS over for the process; 0, or -1. Not thread-safe, again is fine.
         read_mapped: see ``xferd_read_mapped``.
+        sum_pieces: see ``xferd_sum_pieces``: a ``Summing``, rows of memory; 0, or -1.
         run_ring: see ``xferd_run_ring``: queue, requests, their number, results, batch, stop, under way.
     """
 
     guard: Callable[[], int]
     read_mapped: Callable[..., int]
+    sum_pieces: Callable[..., int]
     run_ring: Callable[..., int]
 
 
@@ -54,8 +68,10 @@ def load() -> Native | None:
     library.xferd_guard.argtypes = []
     position = ctypes.c_uint64
     library.xferd_read_mapped.argtypes = [ctypes.c_int, position, pointer, size, position, size, pointer, pointer]
-    library.xferd_read_mapped.argtypes += [ctypes.c_int]
+    library.xferd_read_mapped.argtypes += [ctypes.c_int, ctypes.POINTER(Summing)]
+    library.xferd_sum_pieces.argtypes = [ctypes.POINTER(Summing), pointer]
     library.xferd_run_ring.argtypes = [pointer, pointer, size, pointer, ctypes.c_uint, pointer, pointer]
-    for function in (library.xferd_guard, library.xferd_read_mapped, library.xferd_run_ring):
+    functions = library.xferd_guard, library.xferd_read_mapped, library.xferd_sum_pieces, library.xferd_run_ring
+    for function in functions:
         function.restype = ctypes.c_int
-    return Native(library.xferd_guard, library.xferd_read_mapped, library.xferd_run_ring)
+    return Native(*functions)

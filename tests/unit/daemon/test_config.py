@@ -405,7 +405,7 @@ def test_the_documentation_has_every_key_with_its_default():
     expected = {key.path: key for key in keys()}
     for option in StoreOptions.model_fields:
         assert f"backends.object.stores.NAME.{option}" in documented
-    for name in ("local", "posix", "tcp", "ucx", "object", "cuda", "faulty"):
+    for name in ("local", "posix", "tcp", "ucx", "object", "cuda", "gds", "faulty"):
         for option in load_backend(name).options.model_fields:
             assert f"backends.{name}.{option}" in documented
     assert set(expected) == {path for path in documented if not path.startswith("backends.")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from arenas import FileArena, MappedArena
 from check_backend import pattern
 from hypothesis import given, settings, strategies as st
 
 from xferd.api.errors import ShortTransfer
-from xferd.plugins.base import Chunk
-from xferd.plugins.posix import PosixBackend, PosixOptions, mapping, native
+from xferd.plugins.base import BlockSums, Chunk
+from xferd.plugins.posix import PosixBackend, PosixOptions, mapping, native, xxh3
 from xferd.plugins.posix.mapping import IDLE_S, MAX_FILES, MIN_NBYTES, Mappings
 
 COMPILED = native.load()
@@ -107,6 +109,69 @@ def test_scattered_rows_arrive_in_order_whatever_the_rows_of_memory_are(numbers,
     arena.close()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 70_000), min_size=1, max_size=12),
+    st.lists(st.integers(1, 90_000), min_size=1, max_size=12),
+    st.integers(0, 63),
+)
+def test_sums_made_on_the_way_are_those_of_the_bytes_that_arrive(lengths, rows, skew):
+    """Blocks of any length with gaps between, whatever the rows of memory are and wherever they begin."""
+    assert COMPILED is not None
+    if xxh3.load() is None:
+        pytest.skip("there is no libxxhash")
+    COMPILED.guard()
+    arena, mappings = FileArena(NBYTES), Mappings(COMPILED)
+    arena.fill(pattern(NBYTES, 1))
+    edges = [edge for edge in np.cumsum(lengths).tolist() if edge <= NBYTES]
+    borders = [0, *edges, NBYTES]
+    spans = [span for number, span in enumerate(itertools.pairwise(borders)) if number % 3 != 1 and span[0] < span[1]]
+    sums = BlockSums.of(*np.array(spans, np.int64).T.copy())
+    memory = MappedArena(NBYTES + 64)
+    places, at = [], 0
+    for size in rows:
+        places.append((at, min(size, NBYTES - at)))
+        at += size
+        if at >= NBYTES:
+            break
+    if at < NBYTES:
+        places.append((at, NBYTES - at))
+    assert mappings.read(arena.space.fd, table([(0, NBYTES)]), table(places, memory.base + skew), sums)
+    found = memory.read()[skew : skew + NBYTES]
+    assert np.array_equal(found, pattern(NBYTES, 1))
+    assert sums.is_known.all()
+    assert sums.values.tolist() == [xxhash.xxh3_64_intdigest(found[start:stop].tobytes()) for start, stop in spans]
+    mappings.close()
+    arena.close()
+
+
+def test_sums_of_a_read_that_failed_are_not_known(mappings, file):
+    assert read(mappings, file, [(0, NBYTES)]) is not None
+    file.cut(NBYTES - PAGE)
+    sums = BlockSums.of(np.array([0]), np.array([PAGE]))
+    memory = MappedArena(NBYTES)
+    assert not mappings.read(file.space.fd, table([(0, NBYTES)]), table([(0, NBYTES)], memory.base), sums)
+    assert not sums.is_known.any()
+
+
+async def test_parts_of_a_chunk_are_cut_between_blocks(file):
+    """So that all are summed on the way, by several threads."""
+    if xxh3.load() is None:
+        pytest.skip("there is no libxxhash")
+    backend = PosixBackend(PosixOptions(movers=2))
+    await backend.start()
+    memory = MappedArena(NBYTES)
+    begin = np.array([0, 300_001, 400_000, 900_000])
+    sums = BlockSums.of(begin, np.array([300_001, 400_000, 900_000, NBYTES]))
+    chunk = Chunk(file.extent([(0, NBYTES)]), memory.extent([(0, NBYTES)]), NBYTES, "t", "c", sums=sums)
+    assert await backend.move(chunk) == NBYTES
+    assert sums.is_known.all()
+    whole = memory.read()
+    spans = zip(sums.begin.tolist(), sums.stop.tolist(), strict=True)
+    assert sums.values.tolist() == [xxhash.xxh3_64_intdigest(whole[start:stop].tobytes()) for start, stop in spans]
+    await backend.aclose()
+
+
 def test_small_reads_and_what_is_no_regular_file_are_left_to_calls(mappings, file):
     assert read(mappings, file, [(0, MIN_NBYTES - 1)]) is None
     memory, zero = MappedArena(NBYTES), os.open("/dev/zero", os.O_RDONLY)
@@ -169,7 +234,7 @@ def test_file_that_is_cut_while_it_is_copied_ends_no_process(mappings, file, nby
     file.cut(nbytes)
     memory, spans = MappedArena(NBYTES), table([(0, NBYTES)])
     room, target = np.empty_like(spans), table([(0, NBYTES)], memory.base)
-    rest = spans.ctypes.data, 1, NBYTES, 0, room.ctypes.data, target.ctypes.data, 1
+    rest = spans.ctypes.data, 1, NBYTES, 0, room.ctypes.data, target.ctypes.data, 1, None
     assert COMPILED.read_mapped(file.space.fd, held.address, *rest) == -1
 
 

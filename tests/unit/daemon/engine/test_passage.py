@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pytest
 from test_machine import plan, route, transfer
 
 from xferd.api.errors import IntegrityError, MoveFailed
 from xferd.daemon.engine.passage import Passage, is_needed
 from xferd.daemon.engine.sealing import NoSealer
-from xferd.plugins.base import Chunk, OpenLeg
+from xferd.plugins.base import BlockSums, Chunk, OpenLeg
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +57,12 @@ class Store:
         return Leg(self.story, f"leg{self.opened}", self.fails, self.moves_short)
 
 
+class Awaited:
+    """Blocks of a chunk that a sealer waits for."""
+
+    sums = BlockSums.of(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
 class Proof(NoSealer):
     """A sealer that writes down what it is asked."""
 
@@ -82,7 +89,10 @@ class Proof(NoSealer):
     async def passed(self, ticket: Any, source: Extent, target: Extent) -> None:
         self.story.append(f"passed {ticket}")
 
-    async def arrived(self, ticket: Any, source: Extent, target: Extent) -> None:
+    def arriving(self, ticket: Any, source: Extent, target: Extent) -> Any:
+        return Awaited()
+
+    async def arrived(self, ticket: Any, chunk: Any, source: Extent, target: Extent) -> None:
         self.story.append(f"arrived {ticket}")
 
     async def finish(self, ticket: Any) -> None:

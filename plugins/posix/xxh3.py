@@ -1,0 +1,120 @@
+"""The C functions of xxh3, so that ``_native.c`` can sum what it copies while it is in the processor's cache.
+
+The extension module of the package ``xxhash`` carries libxxhash, and exports it on most platforms, which nobody
+promises; where it does not, the system's library is looked for. What is found must give the sums that the package
+gives. Without any of it, sums are made by calls of the package, after the bytes have moved.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from xferd.plugins.base import BlockSums
+from xferd.plugins.posix import native
+from xferd.plugins.posix.native import Summing
+from xferd.plugins.vectored import iov_of
+
+if TYPE_CHECKING:
+    from xferd.plugins.base import IovTable
+    from xferd.plugins.posix.native import Native
+
+_SUFFIXES = ("_dispatch", "")
+"""The functions that choose by the processor at run time come first: the plain ones are compiled for the oldest."""
+
+_SYSTEM_LIBRARY = "libxxhash.so.0"
+
+_PROBES = 1, 17, 240, 241, 5000
+"""Sizes that go different ways through xxh3."""
+
+
+class Hasher(ctypes.Structure):
+    """``struct hasher``: addresses of functions of a library, which is kept loaded for good."""
+
+    _fields_ = (
+        ("create", ctypes.c_void_p),
+        ("release", ctypes.c_void_p),
+        ("reset", ctypes.c_void_p),
+        ("update", ctypes.c_void_p),
+        ("digest", ctypes.c_void_p),
+        ("whole", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Summer:
+    """What sums in C."""
+
+    compiled: Native
+    hasher: Hasher
+
+    def wish(self, sums: BlockSums) -> Summing:
+        """Return what C fills ``sums.values`` by; both must outlive its use."""
+        return Summing(
+            ctypes.addressof(self.hasher),
+            sums.begin.ctypes.data,
+            sums.stop.ctypes.data,
+            len(sums.begin),
+            sums.values.ctypes.data,
+        )
+
+    def sum_memory(self, sums: BlockSums, memory: IovTable) -> bool:
+        """Sum blocks of what lies in memory rows of this process, which stay in place; False where it cannot be."""
+        rows = np.ascontiguousarray(memory)
+        return not self.compiled.sum_pieces(ctypes.byref(self.wish(sums)), rows.ctypes.data)
+
+
+@functools.cache
+def load() -> Summer | None:
+    """Return what sums in C, or None where something for it is not here."""
+    compiled = native.load()
+    if compiled is None:
+        return None
+    spec = find_spec("xxhash._xxhash")
+    for name in (spec.origin if spec else None, _SYSTEM_LIBRARY):
+        if name is None:
+            continue
+        try:
+            hasher = _hasher(ctypes.CDLL(name))
+        except (OSError, AttributeError):  # no such library, or without these functions
+            continue
+        found = Summer(compiled, hasher)
+        if _is_right(found):
+            return found
+    return None
+
+
+def _hasher(library: ctypes.CDLL) -> Hasher:
+    def address(name: str) -> int | None:
+        return ctypes.cast(library[name], ctypes.c_void_p).value
+
+    def best(name: str) -> int | None:
+        return next(address(name + suffix) for suffix in _SUFFIXES if hasattr(library, name + suffix))
+
+    return Hasher(
+        address("XXH3_createState"),
+        address("XXH3_freeState"),
+        address("XXH3_64bits_reset"),
+        best("XXH3_64bits_update"),
+        address("XXH3_64bits_digest"),
+        best("XXH3_64bits"),
+    )
+
+
+def _is_right(summer: Summer) -> bool:
+    """Compare with the package: each size in one row, and in two."""
+    for size in _PROBES:
+        data = np.arange(size, dtype=np.uint64).view(np.uint8)[:size].copy()
+        wanted = xxhash.xxh3_64_intdigest(data.tobytes())
+        for cut in (size, size // 2):
+            rows = np.concatenate([iov_of(part.data) for part in (data[:cut], data[cut:]) if len(part)])
+            sums = BlockSums.of(np.zeros(1, np.int64), np.array([size], np.int64))
+            if not summer.sum_memory(sums, rows) or int(sums.values[0]) != wanted:
+                return False
+    return True
