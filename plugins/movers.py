@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import threading
 from collections import deque
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from xferd.api.errors import Cancelled, Closed
 from xferd.plugins.base import BackendStatistics, Begun
 from xferd.plugins.begun import told
+from xferd.plugins.courtesy import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,8 @@ class MoverPool:
     Args:
         name: of the backend.
         threads: how many at most.
-        nice: added to the nice value of the threads; above 0 they give way to the event loop where cores are short.
+        nice: added to the nice value of the threads; above 0 they give way to the event loop where cores are short,
+            see ``courtesy.py``.
     """
 
     def __init__(self, name: str, threads: int, *, nice: int = 0) -> None:
@@ -173,9 +174,7 @@ class MoverPool:
     # ------------------------------------------------------------------------------------ in the threads
 
     def _serve(self) -> None:
-        if self._nice:
-            with suppress(OSError):  # not allowed to lower it again, as in a container: the threads work all the same
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + self._nice)
+        give_way(self._nice)
         while (batch := self._queue.get()) is not None:
             if batch.perform_next() and self._count(batch, 1):
                 self._report(batch)

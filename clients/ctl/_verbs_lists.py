@@ -39,7 +39,7 @@ def pools(ctx: typer.Context) -> None:
 
 
 def devices(ctx: typer.Context) -> None:
-    """List GPUs, what their workers did, and why one cannot be used."""
+    """List GPUs, what their workers did, and what is wrong."""
     settings: Settings = ctx.obj
     with admin(settings) as node:
         infos = node.devices()

@@ -6,9 +6,9 @@ nothing has come for a while it sleeps until the daemon rings or asks.
 
 What is under way is looked at by turns, not waited for, because the next command or request must not wait either; for
 the same reason a blocking event of CUDA's is no help. A move is looked at without a pause for as long as an idle worker
-spins, and before that not at all where it cannot have ended yet (``Paces``). One that takes half as long again is looked
-at in steps of a twentieth of the time that it has taken so far: it is seen to end at most 5 % late, and costs next to no
-processor time.
+spins, and before that not at all where it cannot have ended yet (``Paces``). One that takes half as long again is
+looked at in steps of a twentieth of the time that it has taken so far: it is seen to end at most 5 % late, and costs
+next to no processor time.
 
 It ends when the socket does, when its parent dies, and when the driver says that the device is lost to it.
 """

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from xferd.api.errors import InternalError, PeerLost, XferdError
+from xferd.plugins.courtesy import give_way
 from xferd.plugins.tcp.exchange import Answers, explain
 from xferd.plugins.tcp.frames import FrameType
 from xferd.plugins.tcp.lanes import Ticket
-from xferd.plugins.tcp.streams import BlockingStream, give_way
+from xferd.plugins.tcp.streams import BlockingStream
 
 if TYPE_CHECKING:
     import socket

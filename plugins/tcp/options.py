@@ -39,7 +39,7 @@ class TcpOptions(Options):
     max_lanes: int = Field(64, ge=1, le=4096, description="data lanes that we accept from all peers: threads")
     max_peer_lanes: int = Field(16, ge=1, le=4096, description="data lanes that we accept from one peer")
     turn: Nbytes = Field(1 << 20, ge=64 << 10, description="most that one system call of a bulk lane moves")
-    nice: int = Field(5, ge=0, le=19, description="added to the nice value of threads that move large chunks")
+    nice: int = Field(10, ge=0, le=19, description="added to the nice value of threads that move large chunks")
     max_handshakes: int = Field(64, ge=1, description="connections at once that have not proved who they are")
     max_requests: int = Field(256, ge=1, description="control requests of one lane that we handle at once")
     max_frame: Nbytes = Field(1 << 30, ge=1, description="largest payload of one frame that we accept")

@@ -14,8 +14,9 @@ from xferd.api.errors import Cancelled, InternalError, PeerLost, ProtocolViolati
 from xferd.api.proto import peer_v1_pb2 as pb, xferd_v1_pb2 as xferd_pb
 from xferd.api.types import TransferOp
 from xferd.plugins import vectored
+from xferd.plugins.courtesy import give_way
 from xferd.plugins.tcp.frames import FrameLimits, FrameType, decode_control
-from xferd.plugins.tcp.streams import BlockingStream, give_way
+from xferd.plugins.tcp.streams import BlockingStream
 
 if TYPE_CHECKING:
     import socket

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import socket
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -269,16 +267,6 @@ class BlockingStream:
             for _ in range(MAX_DROPS):
                 if not self._sock.recv(1 << 20, socket.MSG_TRUNC):
                     break
-
-
-def give_way(nice: int) -> None:
-    """Add to the nice value of the calling thread, so that small exchanges and the loop go first on a busy core.
-
-    Where the system refuses, the thread goes on as it is.
-    """
-    if nice:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + nice)
 
 
 def is_quiet(sock: socket.socket) -> bool:

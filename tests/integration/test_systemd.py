@@ -296,6 +296,7 @@ def test_unit_and_configuration_agree():
     config = load_config(UNITS / "xferd.toml", {"RUNTIME_DIRECTORY": f"/run/{unit['RuntimeDirectory']}"})
     assert parse_seconds(unit["TimeoutStopSec"]) > config.shutdown.drain_timeout
     assert unit["RestartPreventExitStatus"] == "2"
+    assert unit["CacheDirectory"] == "xferd"  # HOME is not writable, and workers look for their kernel there
     sockets = (UNITS / "xferd.socket").read_text()
     assert f"ListenSequentialPacket={config.session_socket}" in sockets
     assert "FileDescriptorName=session" in sockets

@@ -216,6 +216,8 @@ def test_errors_of_transfers_are_raised_by_type(threaded, client):
         client.read(a.rows(4096, 1), b.rows(0, 1))
     with pytest.raises(InvalidArgument, match="READ or WRITE"):
         client.transfer("COPY", a, a)
+    with pytest.raises(TypeError, match=r"'bakend'.*backend, cause_id"):
+        client.read(a, b.rows(0, 4096), bakend="tcp")
     fail_next(threaded, "submit", PoolExhausted("full", limit="1 byte", remedy="wait"))
     with pytest.raises(PoolExhausted, match="remedy: wait"):
         client.read(a, b.rows(0, 4096))
