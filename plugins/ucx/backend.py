@@ -66,14 +66,19 @@ class UcxBackend(Backend, PeerService):
     async def start(self) -> None:
         """Load UCX and open its devices. Raises ``Unsupported`` or ``ConfigError`` where that fails."""
         ucp = library.load(self._options.library)
-        self._worker = Worker(ucp, self._options.ucx_settings(), spin_us=self._options.spin_us)
+        self._worker = Worker(
+            ucp,
+            self._options.ucx_settings(),
+            spin_us=self._options.spin_us,
+            patience_s=self._options.quiesce_timeout,
+        )
         log.info("ucx started", version=ucp.version, library=ucp.path, transports=self._options.transports or "all")
 
     async def aclose(self) -> None:
         """Cut all endpoints, wait until nothing moves, end all threads. Twice is fine."""
         self._is_closed = True
         if self._links is not None:
-            self._links.close("the node is stopping")
+            await self._links.aclose("the node is stopping")
         if self._serving is not None:
             await self._serving.aclose()
         await self._quiet.wait()
@@ -124,6 +129,13 @@ class UcxBackend(Backend, PeerService):
             with self._counter.moving(chunk.nbytes):
                 async with links.peer(remote.space.node).free:
                     link = await links.get(remote.space, chunk.cause_id)
+                    try:
+                        return await self._move(chunk, link, is_write=is_write)
+                    except PeerLost as exc:
+                        # An endpoint may be cut while its peer lives: for the sake of another chunk, at either end.
+                        log.info("chunk moves again", peer=link.node, cause_id=chunk.cause_id, reason=exc.message)
+                        links.cut(link, exc.message)
+                    link = await links.get(remote.space, chunk.cause_id)  # raises if the peer itself has gone
                     return await self._move(chunk, link, is_write=is_write)
         finally:
             if not self._counter.busy:

@@ -30,6 +30,9 @@ REMEDY = "install UCX of your system or fabric (libucx0), or pip install 'xferd[
 
 OK, IN_PROGRESS = 0, 1
 ERR_BUSY, ERR_CANCELED, ERR_MESSAGE_TRUNCATED = -15, -16, -9
+ERR_UNREACHABLE, ERR_REJECTED, ERR_NOT_CONNECTED, ERR_CONNECTION_RESET, ERR_ENDPOINT_TIMEOUT = -6, -23, -24, -25, -80
+LOST = frozenset({ERR_UNREACHABLE, ERR_REJECTED, ERR_NOT_CONNECTED, ERR_CONNECTION_RESET, ERR_ENDPOINT_TIMEOUT})
+"""Statuses of a message that say that its endpoint is gone; UCX may tell them before it tells the endpoint's."""
 
 FEATURE_TAG, FEATURE_WAKEUP = 1 << 0, 1 << 4
 THREAD_MODE_SERIALIZED = 1

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xferd.api.errors import InternalError, ProtocolViolation, Stale, Unsupported
+from xferd.api.errors import Closed, InternalError, ProtocolViolation, Stale, Unsupported
 from xferd.api.proto import peer_v1_pb2 as pb
 from xferd.plugins.ucx.worker import Endpoint
 
@@ -42,6 +42,7 @@ class Links:
         self._options = options
         self._transport = transport
         self._peers: dict[str, _Peer] = {}
+        self._opening: set[asyncio.Task[Link]] = set()
 
     def peer(self, node: str) -> _Peer:
         """Return the entry of a node, made when first asked for."""
@@ -64,14 +65,38 @@ class Links:
             PeerLost, DeadlineExceeded: it is not, or does not answer.
             Unsupported: it has no ucx backend.
             Stale: it is at another epoch.
+            Closed: the backend was closed meanwhile.
         """
         peer = self.peer(space.node)
+        if not peer.opening.locked() and (link := _good(peer.link, space)):
+            return link
+        # Who asks may be cancelled, the opening is not: the peer has connected back to us then, and UCX gives the
+        # next endpoint what is left of the one that nobody took.
+        opening = asyncio.get_running_loop().create_task(
+            self._get(peer, space, cause_id), name=f"xferd-ucx-open-{space.node}"
+        )
+        self._opening.add(opening)
+        opening.add_done_callback(self._opened)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            me = asyncio.current_task()
+            if opening.cancelled() and me is not None and not me.cancelling():
+                raise Closed("the ucx backend is closed") from None
+            raise
+
+    def _opened(self, opening: asyncio.Task[Link]) -> None:
+        self._opening.discard(opening)
+        if not opening.cancelled():
+            opening.exception()  # who asked for it may have gone
+
+    async def _get(self, peer: _Peer, space: RemoteSpace, cause_id: str) -> Link:
         async with peer.opening:
-            link = peer.link
-            if link is None or link.endpoint.failure or (space.epoch and link.epoch != space.epoch):
-                if link is not None:
-                    self._worker.close(link.endpoint, "another one is opened")
-                    await link.endpoint.closed()
+            link = _good(peer.link, space)
+            if link is None:
+                if peer.link is not None:
+                    self._worker.close(peer.link.endpoint, "another one is opened")
+                    await peer.link.endpoint.closed()
                 peer.link = link = await self._open(peer, space, cause_id)
         return link
 
@@ -107,8 +132,18 @@ class Links:
         if known is not None and known.link is not None and known.link.epoch == peer.epoch:
             self.cut(known.link, reason)
 
-    def close(self, reason: str) -> None:
-        """Cut all links."""
+    async def aclose(self, reason: str) -> None:
+        """Cut all links, and open no more."""
+        for opening in self._opening:
+            opening.cancel()
+        if self._opening:
+            await asyncio.wait(self._opening)
         for peer in self._peers.values():
             if peer.link is not None:
                 self.cut(peer.link, reason)
+
+
+def _good(link: Link | None, space: RemoteSpace) -> Link | None:
+    if link is None or link.endpoint.failure or (space.epoch and link.epoch != space.epoch):
+        return None
+    return link

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from xferd.plugins.base import IovTable
     from xferd.plugins.ucx.library import Ucp
 
+PATIENCE_S = 5.0
+"""How long UCX may take to end what moves by an endpoint that was cut, unless it is told otherwise."""
+
+CLOSED = "the ucx backend is closed"
+
 STEPS = 64
 """Calls of progress between two looks at what has ended and what is new."""
 
@@ -124,11 +129,19 @@ class Operation:
 class Worker:
     """UCX's context and worker with their thread. ``post`` may be called from any thread, all else is its own.
 
+    What moves by an endpoint that was cut ends within ``patience_s``. UCX sees to that itself, but for faults of its
+    own: with a peer's queue in shared memory full and the peer dead, it waits for room there for ever. Then its worker
+    is destroyed, after which it touches no memory, and another one takes its place: that ends what moves with other
+    peers, too, and ``address`` is a new one.
+
     Raises ``Unsupported`` or ``ConfigError`` where UCX cannot start.
     """
 
-    def __init__(self, ucp: Ucp, settings: Mapping[str, str], *, spin_us: int = 0) -> None:
+    def __init__(
+        self, ucp: Ucp, settings: Mapping[str, str], *, spin_us: int = 0, patience_s: float = PATIENCE_S
+    ) -> None:
         self._ucp = ucp
+        self._patience_s = patience_s
         self._spin_s = spin_us * 1e-6
         self._spin_until = 0.0
         self._context = ucp.open_context(settings)
@@ -142,6 +155,7 @@ class Worker:
         self._poll = select.poll()
         self._poll.register(ucp.event_fd_of(self._worker), select.POLLIN)
         self._poll.register(self._wake_fd, select.POLLIN)
+        self._posting = threading.Lock()
         self._posted: deque[Callable[[], None]] = deque()
         self._is_asleep = False
         self._is_stopping = False  # in the thread
@@ -149,6 +163,7 @@ class Worker:
         self._endpoints: dict[int, Endpoint] = {}
         self._live: set[Operation] = set()
         self._closing: dict[int, Endpoint] = {}
+        self._cut: dict[Endpoint, float] = {}  # those by which something may still move, and how long it may
         self._on_error = lib.ErrorCallback(self._endpoint_failed)
         self._thread = threading.Thread(target=self._run, name="xferd-ucx", daemon=True)
         self._thread.start()
@@ -156,8 +171,10 @@ class Worker:
     # ---------------------------------------------------------------------------------- from any thread
 
     def connect(self, endpoint: Endpoint) -> None:
-        """Open an endpoint; messages may be posted to it at once."""
-        self._post(lambda: self._connect(endpoint))
+        """Open an endpoint; messages may be posted to it at once. One that cannot be opened has its ``failure``."""
+        if not self._post(lambda: self._connect(endpoint)):
+            endpoint.failure = endpoint.failure or CLOSED
+            endpoint.note_closed()
 
     def begin(self, operation: Operation) -> None:
         """Begin to send or to receive; ``on_end`` is called in the worker's thread.
@@ -165,32 +182,37 @@ class Worker:
         Raises:
             Closed: the worker was stopped.
         """
-        if self._is_stopped:
-            raise Closed("the ucx backend is closed")
-        self._post(lambda: self._begin(operation))
+        if not self._post(lambda: self._begin(operation)):
+            raise Closed(CLOSED)
 
     def cancel(self, operation: Operation) -> None:
         """End a receive for which nothing has come yet; others go on."""
-        if not self._is_stopped:
-            self._post(lambda: self._cancel(operation))
+        self._post(lambda: self._cancel(operation))
 
     def close(self, endpoint: Endpoint, reason: str) -> None:
         """Cut an endpoint: what moves by it ends, with ``reason``. Twice is fine."""
         endpoint.failure = endpoint.failure or reason
-        if not self._is_stopped:
-            self._post(lambda: self._close(endpoint))
+        self._post(lambda: self._close(endpoint))
 
     def stop(self) -> None:
         """Cut all endpoints, end the thread, give everything back. Blocks until then; twice is fine."""
-        if not self._is_stopped:
-            self._is_stopped = True
-            self._post(self._stop)
-            self._thread.join()
+        self._post(self._stop, is_last=True)
+        self._thread.join()
+        with self._posting:
+            if self._wake_fd >= 0:
+                os.close(self._wake_fd)
+                self._wake_fd = -1
 
-    def _post(self, call: Callable[[], None]) -> None:
-        self._posted.append(call)
-        if self._is_asleep:
-            os.eventfd_write(self._wake_fd, 1)
+    def _post(self, call: Callable[[], None], *, is_last: bool = False) -> bool:
+        """Have the thread call something, and nothing after what ``is_last``; return whether it will."""
+        with self._posting:  # so that the descriptor is not closed between the look and the write
+            if self._is_stopped:
+                return False
+            self._is_stopped = is_last
+            self._posted.append(call)
+            if self._is_asleep:
+                os.eventfd_write(self._wake_fd, 1)
+            return True
 
     # ---------------------------------------------------------------------------------- in the thread
 
@@ -199,9 +221,12 @@ class Worker:
             while not self._has_rested():
                 self._turn()
         finally:
-            self._ucp.worker_destroy(self._worker)
+            with self._posting:
+                self._is_stopped = True  # also where it ends by an error
+            self._tell_lost(*self._destroy(), CLOSED)
+            while self._posted:
+                self._posted.popleft()()
             self._ucp.cleanup(self._context)
-            os.close(self._wake_fd)
 
     def _has_rested(self) -> bool:
         return self._is_stopping and not self._live and not self._closing
@@ -214,7 +239,10 @@ class Worker:
         steps = STEPS
         while steps and progress(worker):
             steps -= 1
-        if self._reap() or steps < STEPS or self._posted:
+        ended = self._reap()
+        if self._cut:
+            self._look_at_cut()
+        if ended or steps < STEPS or self._posted:
             if self._spin_s:
                 self._spin_until = time.monotonic() + self._spin_s
         elif not self._has_rested() and not (self._spin_s and time.monotonic() < self._spin_until):
@@ -225,11 +253,60 @@ class Worker:
         try:
             # In this order: who posts after the look sees that we sleep, and writes to the descriptor.
             if not self._posted and self._ucp.worker_arm(self._worker) == lib.OK:
-                for fd, _ in self._poll.poll():
+                for fd, _ in self._poll.poll(self._longest_sleep_ms()):
                     if fd == self._wake_fd:
                         os.eventfd_read(fd)
         finally:
             self._is_asleep = False
+
+    def _longest_sleep_ms(self) -> float | None:
+        if not self._cut:
+            return None
+        return max(0.0, min(self._cut.values()) - time.monotonic()) * 1e3
+
+    def _look_at_cut(self) -> None:
+        """Forget cut endpoints that have ended; start UCX anew where one does not."""
+        self._cut = {one: at for one, at in self._cut.items() if one.operations or one in self._closing.values()}
+        if self._cut and min(self._cut.values()) <= time.monotonic():
+            self._renew()
+
+    def _renew(self) -> None:
+        log.error(
+            "what moved with a lost peer does not end: ucx starts anew", peers=sorted({e.node for e in self._cut})
+        )
+        self._poll.unregister(self._ucp.event_fd_of(self._worker))
+        endpoints, operations = self._destroy()
+        try:
+            self._worker = self._ucp.open_worker(self._context)
+            self.address = self._ucp.address_of(self._worker)
+            self._poll.register(self._ucp.event_fd_of(self._worker), select.POLLIN)
+        finally:  # who hears of it asks for the new address
+            self._tell_lost(endpoints, operations, "UCX was started anew, because it did not let go of a peer")
+
+    def _destroy(self) -> tuple[set[Endpoint], set[Operation]]:
+        """Destroy UCX's worker; returns what has ended with it and was not told."""
+        worker, self._worker = self._worker, ctypes.c_void_p()
+        endpoints = {*self._endpoints.values(), *self._closing.values(), *self._cut}
+        operations = set(self._live)
+        for operation in operations:
+            self._ucp.request_free(operation.request)
+            operation.request = None
+        for request in self._closing:
+            self._ucp.request_free(request)
+        for table in (self._endpoints, self._closing, self._cut):
+            table.clear()
+        if worker.value is not None:
+            self._ucp.worker_destroy(worker)
+        return endpoints, operations
+
+    def _tell_lost(self, endpoints: set[Endpoint], operations: set[Operation], reason: str) -> None:
+        for endpoint in endpoints:
+            endpoint.failure = endpoint.failure or reason
+            endpoint.handle = None
+            endpoint.note_closed()
+        for operation in operations:
+            operation.status = lib.ERR_CANCELED
+            self._end(operation)
 
     def _reap(self) -> int:
         """End the operations and closes that UCX has ended; returns how many."""
@@ -265,15 +342,17 @@ class Worker:
 
     def _error_of(self, operation: Operation) -> XferdError:
         endpoint, words = operation.endpoint, self._ucp.describe(operation.status)
-        if endpoint.failure:
-            return PeerLost(f"node {endpoint.node!r}: {endpoint.failure}", remedy="post it again")
+        if endpoint.failure or operation.status in lib.LOST:
+            reason = endpoint.failure or f"UCX lost it: {words}"
+            return PeerLost(f"node {endpoint.node!r}: {reason}", remedy="post it again")
         if operation.status == lib.ERR_CANCELED:
             return MoveFailed(f"a message of node {endpoint.node!r} was cancelled")
         what = "sent" if operation.is_send else "received"
         return MoveFailed(f"UCX: {operation.nbytes} bytes cannot be {what} (node {endpoint.node!r}): {words}")
 
     def _connect(self, endpoint: Endpoint) -> None:
-        if endpoint.failure:
+        if endpoint.failure or self._worker.value is None:
+            endpoint.failure = endpoint.failure or CLOSED
             endpoint.note_closed()
             return
         handle = ctypes.c_void_p()
@@ -340,6 +419,7 @@ class Worker:
         param = lib.RequestParam(op_attr_mask=lib.OP_FLAGS, flags=lib.EP_CLOSE_FORCE)
         found = self._ucp.ep_close_nbx(handle, ctypes.byref(param))
         self._endpoints.pop(handle, None)
+        self._cut[endpoint] = time.monotonic() + self._patience_s
         if lib.status_of(found) == lib.IN_PROGRESS:
             self._closing[found] = endpoint
         else:
@@ -348,5 +428,5 @@ class Worker:
     def _stop(self) -> None:
         self._is_stopping = True
         for endpoint in list(self._endpoints.values()):
-            endpoint.failure = endpoint.failure or "the ucx backend is closed"
+            endpoint.failure = endpoint.failure or CLOSED
             self._close(endpoint)
