@@ -107,4 +107,4 @@ sim: setup       ## Let 100, then 1,000 simulated nodes join, change and restart
 	$(BIN)/python tests/sim/etcd_sim.py --nodes 100 1000
 
 clean:           ## Remove what was built here
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -9,52 +9,44 @@ from xferd.api.proto import session_v1_pb2 as session_pb, xferd_v1_pb2 as pb
 
 def register_device_to_message(request: t.RegisterDeviceRequest) -> pb.RegisterDeviceRequest:
     """Return the wire form."""
-    return build(
-        pb.RegisterDeviceRequest,
-        device_uuid=request.device_uuid,
-        handle=request.handle,
-        allocation_nbytes=request.allocation_nbytes,
-        offset=request.offset,
-        nbytes=request.nbytes,
-        access=enum_to_wire(request.access),
-        label=request.label,
-        writable=request.writable,
-    )
+    return build(pb.RegisterDeviceRequest, handle=request.handle, **_fields_of(request))
 
 
 def register_device_from_message(message: pb.RegisterDeviceRequest) -> t.RegisterDeviceRequest:
     """Return the request; an access that is not known here raises ``InvalidArgument``."""
-    return t.RegisterDeviceRequest(
-        device_uuid=message.device_uuid,
-        allocation_nbytes=message.allocation_nbytes,
-        handle=message.handle,
-        offset=message.offset,
-        nbytes=message.nbytes,
-        access=access_from_wire(message.access),
-        label=message.label,
-        writable=message.writable,
-    )
+    return _request_of(message, message.handle)
 
 
 def register_device_fd_to_message(request: t.RegisterDeviceRequest) -> session_pb.RegisterDeviceFd:
     """Return the wire form for the session socket, where a file descriptor comes along instead of a handle."""
-    return build(
-        session_pb.RegisterDeviceFd,
-        device_uuid=request.device_uuid,
-        allocation_nbytes=request.allocation_nbytes,
-        offset=request.offset,
-        nbytes=request.nbytes,
-        access=enum_to_wire(request.access),
-        label=request.label,
-        writable=request.writable,
-    )
+    return build(session_pb.RegisterDeviceFd, **_fields_of(request))
 
 
 def register_device_fd_from_message(message: session_pb.RegisterDeviceFd) -> t.RegisterDeviceRequest:
     """Return the request, without a handle; an access that is not known here raises ``InvalidArgument``."""
+    return _request_of(message, b"")
+
+
+def _fields_of(request: t.RegisterDeviceRequest) -> dict[str, object]:
+    """Return the fields that both messages of a request have."""
+    return {
+        "device_uuid": request.device_uuid,
+        "allocation_nbytes": request.allocation_nbytes,
+        "offset": request.offset,
+        "nbytes": request.nbytes,
+        "access": enum_to_wire(request.access),
+        "label": request.label,
+        "writable": request.writable,
+    }
+
+
+def _request_of(
+    message: pb.RegisterDeviceRequest | session_pb.RegisterDeviceFd, handle: bytes
+) -> t.RegisterDeviceRequest:
     return t.RegisterDeviceRequest(
         device_uuid=message.device_uuid,
         allocation_nbytes=message.allocation_nbytes,
+        handle=handle,
         offset=message.offset,
         nbytes=message.nbytes,
         access=access_from_wire(message.access),

@@ -235,23 +235,24 @@ class DeviceHandle:
 class DeviceInfo:
     """One GPU of the node; ``reason`` says why it cannot be used, "" where it can.
 
-    ``free_nbytes`` is as of the last time that a worker was asked. ``pinned_nbytes`` is host memory that the driver has
-    locked, summed over workers; ``kernel_s`` and ``copy_s`` are device time.
+    ``free_nbytes`` is as of the last time that a worker was asked. ``workers`` live now, ``worker_restarts`` counts
+    those that were started in the place of one that died; ``pinned_nbytes`` is host memory that the driver has locked,
+    summed over workers; ``kernel_s`` and ``copy_s`` are seconds of device time by kernels and by copy engines.
     """
 
     index: int
-    device_uuid: bytes
-    name: str
-    driver: str
-    reason: str
-    total_nbytes: int
-    free_nbytes: int
-    workers: int
-    worker_restarts: int
-    pinned_nbytes: int
-    moved_nbytes: int
-    kernel_s: float
-    copy_s: float
+    device_uuid: bytes = b""
+    name: str = ""
+    driver: str = ""
+    reason: str = ""
+    total_nbytes: int = 0
+    free_nbytes: int = 0
+    workers: int = 0
+    worker_restarts: int = 0
+    pinned_nbytes: int = 0
+    moved_nbytes: int = 0
+    kernel_s: float = 0.0
+    copy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

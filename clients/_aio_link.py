@@ -405,8 +405,15 @@ class AsyncLink(ClientBase):
         check_exportable(region.info, self.grant.node)
         if region._handle is None:
             region._handle = await self._call(calls.export_device(region.id))
-        # In a thread, because the first mapping of a process may have to make a context: some 0.1 s.
+        # In a thread, because the first mapping of a process may have to make a context, which takes long.
         return await asyncio.to_thread(self._devices.array, region.info, region._handle, elements, self.agent)
+
+    async def _free(self, regions: Sequence[RegionBase]) -> None:
+        """Give regions back, all or none; memory of GPUs that is registered more often is only counted."""
+        with self._devices.freeing([region.id for region in regions]) as last:
+            if last or not regions:
+                await self._call(calls.free(last))
+        self._forget_regions(regions)
 
     # -- the end
 

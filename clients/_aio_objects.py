@@ -67,10 +67,7 @@ class AsyncRegion(RegionBase):
             Busy: a transfer moves bytes of it.
         """
         if not self._is_freed:
-            with self._client._devices.freeing([self.id]) as last:
-                if last:
-                    await self._client._call(calls.free(last))
-            self._client._forget_regions([self])
+            await self._client._free([self])
 
     async def map(self) -> Self:
         """Map the region's pool now, so that ``array`` works; needed for regions that were listed, not allocated."""

@@ -14,7 +14,7 @@ from xferd.clients._errors import error_of
 from xferd.clients.memory import STREAM_NBYTES, pool_view
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     import grpc
 
@@ -111,9 +111,7 @@ class ClientBase:
         pool = self._pools.get(info.pool) if info.node == self.grant.node else None
         return None if pool is None else pool_view(info, pool, self.grant.agent)
 
-    def _forget_regions(self, regions: Sequence[RegionBase], fate: str = "freed") -> None:
-        if fate != "freed":  # what is freed may be registered more than once, and counts for itself
-            self._devices.forget(region.id for region in regions)
+    def _forget_regions(self, regions: Iterable[RegionBase], fate: str = "freed") -> None:
         for region in regions:
             self._kept.pop(region.id, None)
             region._forget(fate)

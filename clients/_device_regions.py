@@ -20,7 +20,7 @@ from xferd.clients._device_driver import CUDA, ClientDriver, Exported, driver_na
 from xferd.clients.devices import CudaArray, DeviceArray, DeviceSpan, Event, SimulatedArray, device_span, handle_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from xferd.clients._device_driver import Allocation
     from xferd.clients.devices import ElementShape
@@ -63,7 +63,7 @@ class Wanted:
 
 
 def wanted(array: Any, access: t.Access, label: str, writable: bool | None) -> Wanted:
-    """Look at what is to be registered: some microseconds, and no call of the daemon.
+    """Look at what is to be registered, without a call of the daemon.
 
     Raises:
         XferdError: as ``device_span`` and ``ClientDriver.allocation_of``.
@@ -141,7 +141,9 @@ class DeviceBook:
                 for region, count in counts.items():
                     self._put_back(region, count)
             raise
-        self.forget(last)
+        with self._lock:
+            for region in last:
+                self._entries.pop(region, None)
 
     def _take(self, region: t.RegionId, count: int) -> int:
         entry = self._entries[region]
@@ -155,14 +157,6 @@ class DeviceBook:
         if entry is not None:
             entry.count += count
             self._by_key.setdefault(entry.key, region)
-
-    def forget(self, regions: Iterable[t.RegionId]) -> None:
-        """Let go of regions that are no longer this client's."""
-        with self._lock:
-            for region in regions:
-                entry = self._entries.pop(region, None)
-                if entry is not None and self._by_key.get(entry.key) == region:
-                    del self._by_key[entry.key]
 
     # -- arrays
 

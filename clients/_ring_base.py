@@ -7,13 +7,12 @@ knows nothing) is left to gRPC, which can do all of it; then these functions ret
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from xferd.api import types as t, wire
+from xferd.api import spinning, types as t, wire
 from xferd.api.descriptors import PreparedRef
 from xferd.api.errors import Closed, InvalidState, ProtocolViolation, Unavailable, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
@@ -53,16 +52,12 @@ Where a core has nothing else to do it goes idle, and to wake it costs more than
 back took 35 to 65 us with 100, 200 or 500 us of this, and 70 to 175 us with 50 or none (two virtual cores at rest).
 """
 
-MANY_CORES: Final = 8
-SPIN_ON_MANY_US: Final = 2000.0
-"""The same where there are so many cores that it takes nothing from whoever moves the bytes: what a GPU moves in less
-than two milliseconds should not wait for a sleeper."""
-
 
 def spin_us_here() -> float:
     """Return how long a waiting thread of this process spins. With one core, it keeps the daemon from its work."""
-    cores = len(os.sched_getaffinity(0))
-    return 0.0 if cores < 2 else SPIN_US if cores < MANY_CORES else SPIN_ON_MANY_US
+    if spinning.has_many_cores():
+        return spinning.SPIN_ON_MANY_S * 1e6
+    return SPIN_US if spinning.cores() > 1 else 0.0
 
 
 CREDITS: Final = 64

@@ -374,6 +374,13 @@ class SyncLink(ClientBase):
             region._handle = self._call(calls.export_device(region.id))
         return self._devices.array(region.info, region._handle, elements, self.agent)
 
+    def _free(self, regions: Sequence[RegionBase]) -> None:
+        """Give regions back, all or none; memory of GPUs that is registered more often is only counted."""
+        with self._devices.freeing([region.id for region in regions]) as last:
+            if last or not regions:
+                self._call(calls.free(last))
+        self._forget_regions(regions)
+
     # -- the end
 
     def _explained(self, failure: grpc.RpcError, is_admin: bool = False) -> XferdError:

@@ -63,10 +63,7 @@ class Region(RegionBase):
             Busy: a transfer moves bytes of it.
         """
         if not self._is_freed:
-            with self._client._devices.freeing([self.id]) as last:
-                if last:
-                    self._client._call(calls.free(last))
-            self._client._forget_regions([self])
+            self._client._free([self])
 
     def _mapped(self) -> ByteArray | None:
         self._client._check_open()

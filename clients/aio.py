@@ -101,11 +101,7 @@ class AsyncClient(AsyncLink):
 
     async def free(self, regions: Iterable[AsyncRegion]) -> None:
         """Give regions back, all or none."""
-        wanted = list(regions)
-        with self._devices.freeing([region.id for region in wanted]) as last:
-            if last or not wanted:
-                await self._call(calls.free(last))
-        self._forget_regions(wanted)
+        await self._free(list(regions))
 
     async def register(
         self, array: object, *, access: t.Access = t.Access.NONE, label: str = "", writable: bool | None = None

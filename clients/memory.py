@@ -233,7 +233,7 @@ class RegionBase:
     def _forget(self, fate: str = "freed") -> None:
         """Note that the region is freed, or has another owner."""
         self._fate = fate
-        self._memory = self._handle = None
+        self._memory = None
 
 
 def pool_view(info: RegionInfo, pool: ByteArray, agent: str) -> ByteArray:

@@ -95,11 +95,7 @@ class Client(SyncLink):
 
     def free(self, regions: Iterable[Region]) -> None:
         """Give regions back, all or none."""
-        wanted = list(regions)
-        with self._devices.freeing([region.id for region in wanted]) as last:
-            if last or not wanted:
-                self._call(calls.free(last))
-        self._forget_regions(wanted)
+        self._free(list(regions))
 
     def register(
         self, array: object, *, access: t.Access = t.Access.NONE, label: str = "", writable: bool | None = None

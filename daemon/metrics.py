@@ -6,7 +6,7 @@ agents or sessions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, UnknownMetricFamily
@@ -14,7 +14,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from prometheus_client import Metric
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from xferd.daemon.service import Service
 
 
-_STORAGE: tuple[tuple[str, str, bool, Callable[[StorageInfo], float]], ...] = (
+Info = TypeVar("Info")
+_Families: TypeAlias = "tuple[tuple[str, str, bool, Callable[[Info], float]], ...]"
+"""Name, help, whether it only grows, and the value."""
+
+_STORAGE: _Families[StorageInfo] = (
     ("extents", "extents of all sessions and agents", False, lambda info: info.extents),
     ("persistent_extents", "those that outlive sessions", False, lambda info: info.persistent_extents),
     ("extents_bytes", "bytes of extents", False, lambda info: info.extents_nbytes),
@@ -36,14 +40,14 @@ _STORAGE: tuple[tuple[str, str, bool, Callable[[StorageInfo], float]], ...] = (
     ("journal_batches", "flushes of journals", True, lambda info: sum(e.journal_batches for e in info.directories)),
     ("failed_directories", "take no records any more", False, lambda info: sum(map(_has_failed, info.directories))),
 )
-"""Name, help, whether it only grows, and the value, for each storage pool."""
+"""For each storage pool."""
 
 
 def _has_failed(directory: StorageDirectoryInfo) -> bool:
     return bool(directory.failure)
 
 
-_DEVICES: tuple[tuple[str, str, bool, Callable[[DeviceInfo], float]], ...] = (
+_DEVICES: _Families[DeviceInfo] = (
     ("usable", "1 where the GPU can be used", False, lambda info: 0 if info.reason else 1),
     ("total_bytes", "memory of the GPU", False, lambda info: info.total_nbytes),
     ("free_bytes", "of it, as a worker was told last", False, lambda info: info.free_nbytes),
@@ -54,7 +58,17 @@ _DEVICES: tuple[tuple[str, str, bool, Callable[[DeviceInfo], float]], ...] = (
     ("kernel_seconds", "device time by kernels", True, lambda info: info.kernel_s),
     ("copy_seconds", "device time by copy engines", True, lambda info: info.copy_s),
 )
-"""Name, help, whether it only grows, and the value, for each GPU."""
+"""For each GPU."""
+
+
+def _families(subject: str, families: _Families[Info], label: str, infos: Mapping[str, Info]) -> Iterator[Metric]:
+    """Yield ``families``, each with a value of every one of ``infos``, whose keys are values of the label."""
+    for name, text, total, value in families:
+        made = CounterMetricFamily if total else GaugeMetricFamily
+        family = made(f"xferd_{subject}_{name}", text, labels=[label])
+        for key, info in infos.items():
+            family.add_metric([key], value(info))
+        yield family
 
 
 class ServiceCollector(Collector):
@@ -121,20 +135,10 @@ class ServiceCollector(Collector):
         yield from (used, free, fragmentation, failed, huge)
 
     def _storage(self) -> Iterator[Metric]:
-        for name, text, total, value in _STORAGE:
-            made = CounterMetricFamily if total else GaugeMetricFamily
-            family = made(f"xferd_storage_{name}", text, labels=["pool"])
-            for info in self._service.storage():
-                family.add_metric([info.pool], value(info))
-            yield family
+        return _families("storage", _STORAGE, "pool", {info.pool: info for info in self._service.storage()})
 
     def _devices(self) -> Iterator[Metric]:
-        for name, text, total, value in _DEVICES:
-            made = CounterMetricFamily if total else GaugeMetricFamily
-            family = made(f"xferd_device_{name}", text, labels=["device"])
-            for info in self._service.devices():
-                family.add_metric([str(info.index)], value(info))
-            yield family
+        return _families("device", _DEVICES, "device", {str(info.index): info for info in self._service.devices()})
 
     def _backends(self) -> Iterator[Metric]:
         moved = CounterMetricFamily("xferd_backend_moved_bytes", "bytes moved", labels=["backend"])

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xferd.api.types import DeviceInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,30 +30,6 @@ class DeviceExport:
     fd: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFacts:
-    """One GPU as its backend knows it; ``free_nbytes`` is as of the last time that a worker was asked.
-
-    ``reason`` is "" where the device can be used. ``workers`` live now, ``worker_restarts`` counts those that were
-    started in the place of one that died; ``pinned_nbytes`` is host memory that the driver has locked, summed over
-    workers; ``kernel_s`` and ``copy_s`` are seconds of device time by kernels and by copy engines.
-    """
-
-    index: int
-    device_uuid: bytes = b""
-    name: str = ""
-    driver: str = ""
-    reason: str = ""
-    total_nbytes: int = 0
-    free_nbytes: int = 0
-    workers: int = 0
-    worker_restarts: int = 0
-    pinned_nbytes: int = 0
-    moved_nbytes: int = 0
-    kernel_s: float = 0.0
-    copy_s: float = 0.0
-
-
 class DeviceMemory(abc.ABC):
     """What can be asked of GPUs beside moving bytes. The ``cuda`` backend is one, as well as a ``Backend``.
 
@@ -58,7 +38,7 @@ class DeviceMemory(abc.ABC):
     """
 
     @abc.abstractmethod
-    def facts(self) -> tuple[DeviceFacts, ...]:
+    def facts(self) -> tuple[DeviceInfo, ...]:
         """Return what is known of each configured device; cheap, called at each scrape."""
 
     @abc.abstractmethod

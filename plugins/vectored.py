@@ -3,8 +3,6 @@
 A table is a numpy array of shape (n, 2), u64: it *is* an array of ``struct iovec``, so no row is ever looked at by
 the interpreter while a call succeeds in full. Only where a call stops short (a page border of a dying process, a
 full socket buffer) is the table advanced by the bytes that moved. See ``process_vm_readv(2)``, ``readv(2)``.
-
-Measured on two cores: 1024 blocks of 4 KiB between two processes in 0.7 ms.
 """
 
 from __future__ import annotations
@@ -24,6 +22,8 @@ from xferd.api.errors import MoveFailed, PeerLost, ShortTransfer, XferdError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
 
     from xferd.plugins.base import IovTable
 
@@ -247,7 +247,7 @@ def turns(table: IovTable, turn_nbytes: int) -> Iterator[IovTable]:
     if len(table) <= IOV_MAX and total_nbytes(table) <= turn_nbytes:
         yield table
         return
-    rows = _no_longer_than(table, turn_nbytes)
+    rows = no_longer_than(table, turn_nbytes)
     ends = np.cumsum(rows[:, 1])
     first, start, count = 0, 0, len(rows)
     while first < count:
@@ -257,17 +257,20 @@ def turns(table: IovTable, turn_nbytes: int) -> Iterator[IovTable]:
         first, start = stop, int(ends[stop - 1])
 
 
-def _no_longer_than(table: IovTable, nbytes: int) -> IovTable:
-    """Return a table whose rows are cut to at most so many bytes."""
-    limit, sizes = np.uint64(nbytes), table[:, 1]
+def no_longer_than(table: NDArray[np.uint64], nbytes: int) -> NDArray[np.uint64]:
+    """Return a table whose rows are cut to at most so many bytes, in order; the table itself where none is longer.
+
+    The last column is how many bytes a row has. Those before it are positions, which advance together.
+    """
+    limit, sizes = np.uint64(nbytes), table[:, -1]
     if not (sizes > limit).any():
         return table
     parts = ((sizes + limit - np.uint64(1)) // limit).astype(np.intp)
     rows = np.repeat(table, parts, axis=0)
     before = np.arange(len(rows)) - np.repeat(np.cumsum(parts) - parts, parts)
     skip = before.astype(np.uint64) * limit
-    rows[:, 0] += skip
-    rows[:, 1] = np.minimum(rows[:, 1] - skip, limit)
+    rows[:, :-1] += skip[:, np.newaxis]
+    rows[:, -1] = np.minimum(rows[:, -1] - skip, limit)
     return rows
 
 

@@ -19,11 +19,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from xferd.api.units import format_nbytes
 from xferd.clients.bench import main as xferbench
+from xferd.clients.bench._cases import KIB, MIB
 from xferd.clients.bench._systems import missing
 
 BESIDE = ("nixl-vram", "nixl-vram-get", "gpu-copy")
-KIB, MIB = 1 << 10, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Target:
 
     def of(self, rows: list[dict[str, Any]]) -> tuple[str, str, str, str]:
         """Return (case, wanted, found, verdict)."""
-        size = f"{self.block_nbytes // KIB} KiB" if self.block_nbytes < MIB else f"{self.block_nbytes // MIB} MiB"
-        name = f"{self.op} {self.src} to {self.dst} {size} x {self.batch}"
+        name = f"{self.op} {self.src} to {self.dst} {format_nbytes(self.block_nbytes)} x {self.batch}"
         unit = f"x {self.beside}" if self.beside else "GB/s"
         found = next((row for row in rows if self._fits(row)), None)
         value = None if found is None else found["ratios"].get(self.beside) if self.beside else found["gb_per_s"]
@@ -98,19 +98,21 @@ def main() -> int:
     """Measure, write, show."""
     told = options()
     told.out.mkdir(parents=True, exist_ok=True)
+    saved = told.out / "gpu.json"
+    saved.unlink(missing_ok=True)  # that of an earlier run would pass for this one's, should this one fail
     beside = [name for name in BESIDE if not missing(name)]
     for name in (name for name in BESIDE if name not in beside):
         sys.stderr.write(f"left out: {missing(name)}\n")
-    arguments = ["--cases", "gpu/", "--against", ",".join(beside), "--save", str(told.out / "gpu.json")]
+    arguments = ["--cases", "gpu/", "--against", ",".join(beside), "--save", str(saved)]
     arguments += ["--set", f"backends.cuda.driver={told.driver}"]
     arguments += ["--quick"] if told.quick else []
     arguments += ["--rounds", str(told.rounds)] if told.rounds else []
     arguments += ["--plot", str(told.out / "gpu.svg")] if find_spec("matplotlib") else []
     status, text = measured(arguments)
     sys.stdout.write(text)
-    if not (told.out / "gpu.json").exists():
+    if not saved.exists():
         return status or 1
-    rows = json.loads((told.out / "gpu.json").read_text())["rows"]
+    rows = json.loads(saved.read_text())["rows"]
     table = verdicts(rows)
     sys.stdout.write(f"{table}\n")
     (told.out / "gpu.md").write_text(f"{table}\n\n```text\n{text}```\n")

@@ -63,7 +63,7 @@ class Ground:
             ),
             axis=1,
         )
-        return Pieces(table, int(table[:, 2].sum()), way.startswith("DRAM"), way.endswith("DRAM"))
+        return Pieces(table, int(table[:, 2].sum()), on_host="DRAM" in way)
 
     def time(self, pieces: Pieces, rounds: int = 15) -> tuple[float, float]:
         """Return medians (device us, host us) of a plan that is kept."""

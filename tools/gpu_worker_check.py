@@ -31,7 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests/unit/plugins/cuda"))
 
-from worker_rig import Told, WorkerRig, at  # noqa: E402 - where it lies is known only now
+from worker_rig import Host, Told, WorkerRig, at  # noqa: E402 - where it lies is known only now
 
 from xferd.api import simulated  # noqa: E402
 from xferd.api.errors import XferdError  # noqa: E402
@@ -314,18 +314,6 @@ class Bench:
         return ("memfd",) if self.is_simulated else ("cupy", "torch", "vmm")
 
 
-class Host:
-    """Host memory that a worker maps too."""
-
-    def __init__(self, rig: WorkerRig, number: int, nbytes: int) -> None:
-        fd = os.memfd_create("host")
-        os.ftruncate(fd, nbytes)
-        self.array = map_shared(fd, nbytes)
-        self.address = int(self.array.ctypes.data)
-        rig.ask(control.MapHost(number, self.address, nbytes), fd).check()
-        os.close(fd)
-
-
 def expect(told: Told, outcome: Outcome = Outcome.DONE) -> Told:
     """Return a completion, or raise if it is not as it should be."""
     if told.outcome is not outcome:
@@ -368,7 +356,8 @@ def part_bytes(bench: Bench) -> None:
                 say(f"FAILED to export by {kind}: {exc}")
         own = 9
         rig.ask(control.Allocate(own, nbytes)).check()
-        host = Host(rig, 1, nbytes)
+        host = stack.enter_context(Host(nbytes))
+        host.map_in(rig, 1)
         want = rng.integers(0, 256, nbytes, dtype=np.uint8)
         for number, exporter in sources:
             check_exporter(rig, folder, host, want, (number, exporter), own, rng, count)
@@ -422,10 +411,10 @@ def part_events(bench: Bench) -> None:
     """Wait for work of another process by its event, and let it see ours."""
     kind = "memfd" if bench.is_simulated else "torch"
     nbytes = 16 * MIB
-    with bench.worker() as rig, Exporter(kind, nbytes) as exporter:
+    with bench.worker() as rig, Exporter(kind, nbytes) as exporter, Host(nbytes) as host:
         exporter.open_in(rig, 1)
         rig.ask(control.Allocate(2, nbytes)).check()
-        host = Host(rig, 1, nbytes)
+        host.map_in(rig, 1)
         made = rig.ask(control.MakeEvent(8)).check().handle
         handle = exporter.ask("hold 77")
         rig.ask(control.OpenEvent(7, handle)).check()
@@ -518,14 +507,14 @@ def case_starts(rng: np.random.Generator, size: int, count: int, room: int) -> n
     return rng.permutation(room // stride)[:count].astype(np.uint64) * np.uint64(stride)
 
 
-def part_times(bench: Bench, rounds: int = 30) -> None:
+def part_times(bench: Bench) -> None:
     """Print what commands take as the daemon sees them."""
-    room = GIB // bench.scale
+    room, rounds = GIB // bench.scale, 5 if bench.is_simulated else 30
     rng = np.random.default_rng(1)
-    with bench.worker() as rig:
+    with bench.worker() as rig, Host(room) as host:
         for number in (1, 2):
             rig.ask(control.Allocate(number, room)).check()
-        host = Host(rig, 1, room)
+        host.map_in(rig, 1)
         host.array[:] = 1
         begun = time.perf_counter()
         expect(rig.move([[host.address, 8]], [[at(1), 8]], sides=INWARDS))
@@ -534,12 +523,11 @@ def part_times(bench: Bench, rounds: int = 30) -> None:
         say(f"{'case':>28} | {'table along':>22} | {'table kept':>22} | {'device':>9} | engine")
         for table_id, (way, wanted, count) in enumerate(CASES, 1):
             size = wanted if wanted < MIB else wanted // bench.scale
-            bases = {
-                "VRAM->VRAM": (at(1), at(2)),
-                "DRAM->VRAM": (host.address, at(2)),
-                "VRAM->DRAM": (at(1), host.address),
-            }
-            sides = {"VRAM->VRAM": ACROSS, "DRAM->VRAM": INWARDS, "VRAM->DRAM": OUTWARDS}[way]
+            sides, bases = {
+                "VRAM->VRAM": (ACROSS, (at(1), at(2))),
+                "DRAM->VRAM": (INWARDS, (host.address, at(2))),
+                "VRAM->DRAM": (OUTWARDS, (at(1), host.address)),
+            }[way]
             sizes = np.full(count, size, dtype=np.uint64)
             source, target = (columns(case_starts(rng, size, count, room), base, sizes) for base in bases)
             along = timed(lambda: rig.put(source, target, sides=sides), rig, rounds)  # noqa: B023 - called at once

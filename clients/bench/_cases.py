@@ -95,6 +95,11 @@ class Case:
         return self.clients == self.threads == 1
 
     @property
+    def ends(self) -> tuple[str, str]:
+        """Memory kinds of (initiators, partners): a READ brings bytes to the initiator, a WRITE takes them from it."""
+        return (self.dst, self.src) if self.op == "READ" else (self.src, self.dst)
+
+    @property
     def manner(self) -> str:
         """What is not as usual, for people: ``FILE to DRAM, lists, grpc, 4 threads``."""
         parts = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from xferd.clients.bench._plan import is_peer
 from xferd.clients.bench._tables import PAGE_WIDTH, as_markdown, narrow, tables
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from xferd.clients.bench._rows import Row
@@ -25,16 +26,27 @@ def document(rows: Sequence[Row], environment: Mapping[str, object]) -> dict[str
     return {"environment": dict(environment), "rows": [row.document() for row in rows]}
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of which file it is if it cannot be written.
+
+    Raises:
+        InvalidArgument: for an ``OSError`` within.
+    """
+    try:
+        yield
+    except OSError as exc:
+        raise InvalidArgument(f"{path} cannot be written: {exc.strerror}", remedy="choose another file") from exc
+
+
 def write_json(rows: Sequence[Row], environment: Mapping[str, object], path: Path) -> None:
     """Write what ``--json`` prints into a file.
 
     Raises:
         InvalidArgument: the file cannot be written.
     """
-    try:
+    with writing(path):
         path.write_text(json.dumps(document(rows, environment), indent=2) + "\n")
-    except OSError as exc:
-        raise InvalidArgument(f"{path} cannot be written: {exc.strerror}", remedy="choose another file") from exc
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
@@ -51,13 +63,10 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         told["faults"] = "; ".join(row.faults)
         lines.append(told | {f"x {name}": value for name, value in ratios.items()})
     columns = list(dict.fromkeys(name for line in lines for name in line))
-    try:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(lines)
-    except OSError as exc:
-        raise InvalidArgument(f"{path} cannot be written: {exc.strerror}", remedy="choose another file") from exc
+    with writing(path), path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def section(rows: Sequence[Row], environment: Mapping[str, object], picture: str = "") -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MOVERS, QUEUE_DEPTH, CHUNK_NBYTES, PIECE_NBYTES = 2, 64, 8 * MIB, MIB
 """What a daemon has by default: so many chunks at once, and so many requests of each, of at most such a size."""
 
+MISSING = "fio is not installed: install your system's package fio"
+
 LEAST_NBYTES = 64 * MIB
 """A run goes over the blocks again until it has moved so much: fio tells its time in milliseconds."""
 
@@ -46,12 +48,9 @@ class Fio(System):
 
     def refusal(self, case: Case) -> str:
         """Take what goes between a file and memory of the host."""
-        ends = {case.src, case.dst}
-        if case.place is not Place.LOCAL or not ends <= {"FILE", "FILE_DIRECT", "DRAM"} or len(ends) != 2:
+        if case.place is not Place.LOCAL or case.ends not in (("DRAM", "FILE"), ("DRAM", "FILE_DIRECT")):
             return "it moves between a file and memory only"
-        if "DRAM" not in ends:
-            return "it moves between a file and memory only"
-        return "" if self._command else "fio is not installed: install your system's package fio"
+        return "" if self._command else MISSING
 
     def probe(self, case: Case) -> Probe:
         """Return the probe; the file is written when the first one of its size is asked for."""
@@ -90,7 +89,7 @@ class FioProbe(Probe):
         verb = "read" if case.op == "READ" else "write"
         self._verb = verb
         order = "" if case.order == "sequential" else "rand"
-        is_direct = "FILE_DIRECT" in (case.src, case.dst)
+        is_direct = "FILE_DIRECT" in case.ends
         self._arguments = [*command, "--name=xferbench", "--thread", "--output-format=json"]
         self._arguments += [f"--rw={order}{verb}", f"--bs={case.block_nbytes}", f"--iodepth={depth_of(case)}"]
         self._arguments += [f"--direct={int(is_direct)}", f"--size={file_nbytes}"]

@@ -99,8 +99,8 @@ def partner_of(number: int) -> Member:
 
 def kinds_of(case: Case) -> tuple[str, str]:
     """Return the names of the regions of (initiators, partners) in their processes: kinds, for most of them."""
-    names = (case.dst, case.src) if case.op == "READ" else (case.src, case.dst)
-    return region_name(names[0], case.nbytes), region_name(names[1], case.nbytes)
+    near, far = case.ends
+    return region_name(near, case.nbytes), region_name(far, case.nbytes)
 
 
 def needs_of(case: Case) -> dict[Need, int]:

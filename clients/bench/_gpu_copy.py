@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,7 +63,7 @@ class GpuCopy(System):
 
 def _device_copy(case: Case, near: DeviceBuffer, far: DeviceBuffer) -> Callable[[], object]:
     """Return what copies the bytes of a case once."""
-    cupy: Any = near._library
+    cupy: Any = import_module("cupy")
     addresses = {"VRAM": (near.array.data.ptr, far.array.data.ptr), "DRAM": (near.copy.ctypes.data,) * 2}
     source, target = addresses[case.src][0], addresses[case.dst][1]
     kind, nbytes, stream = _KINDS[case.src, case.dst], case.nbytes, cupy.cuda.Stream(non_blocking=True)

@@ -6,6 +6,7 @@ a copy, which transfers of its own bring there and back.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -21,8 +22,9 @@ from xferd.clients.bench._vram import make_vram
 from xferd.clients.memory import map_shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from xferd.clients.memory import ByteArray
     from xferd.clients.sync import Client, Region
 
 STORE = "bench"
@@ -78,21 +80,24 @@ def _private(client: Client, nbytes: int) -> Owned:
     return Owned(client.register(memory, access=Access.READ_WRITE, label="bench"), memory)
 
 
-def _file(client: Client, nbytes: int) -> Owned:
-    """Make a file without a name, which goes with its last user, and register it by descriptor."""
+@contextlib.contextmanager
+def nameless_file(nbytes: int) -> Iterator[tuple[int, ByteArray]]:
+    """Make a file without a name, which goes with its last user: its descriptor, open while entered, and its bytes."""
     with tempfile.TemporaryFile(prefix="xferbench-") as file:
         os.posix_fallocate(file.fileno(), 0, nbytes)
-        memory = map_shared(file.fileno(), nbytes)
-        region = client.register_fd(file.fileno(), writable=True, access=Access.READ_WRITE, label="bench")
-    return Owned(region, memory)
+        yield file.fileno(), map_shared(file.fileno(), nbytes)
+
+
+def _file(client: Client, nbytes: int) -> Owned:
+    """Make a file and register it by descriptor."""
+    with nameless_file(nbytes) as (fd, memory):
+        return Owned(client.register_fd(fd, writable=True, access=Access.READ_WRITE, label="bench"), memory)
 
 
 def _direct_file(client: Client, nbytes: int) -> Owned:
     """Make such a file, and register a descriptor with O_DIRECT, which the daemon then moves past the page cache."""
-    with tempfile.TemporaryFile(prefix="xferbench-") as file:
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-        memory = map_shared(file.fileno(), nbytes)
-        fd = open_direct(file.fileno())
+    with nameless_file(nbytes) as (cached_fd, memory):
+        fd = open_direct(cached_fd)
         region = client.register_fd(fd, writable=True, access=Access.READ_WRITE, label="bench")
     # Written back before anything is timed. The descriptor ends with this process, as all of it does.
     return Owned(region, memory, push=lambda: os.fsync(fd))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from xferd.clients.bench._cases import Place
 from xferd.clients.bench._flows import kinds_of
+from xferd.clients.bench._kinds import nameless_file
 from xferd.clients.bench._peers import Peer
 from xferd.clients.bench._vram import has_driver
-from xferd.clients.memory import map_shared
 
 if TYPE_CHECKING:
     from xferd.clients.bench._cases import Case
@@ -21,8 +20,8 @@ class Nixl(Peer):
     """NIXL with UCX's own choice of transports on one machine, and with TCP alone between "nodes".
 
     Settings are the best known. The initiator has no progress thread: it polls for the end of its transfer anyway,
-    which makes progress too, and the thread would take a core from it. Measured on two cores: up to twice as fast as
-    with NIXL's defaults (``NixlDefault``).
+    which makes progress too, and the thread would take a core from it. NIXL's defaults are measured beside it
+    (``NixlDefault``).
     """
 
     name: ClassVar[str] = "nixl"
@@ -109,13 +108,11 @@ class NixlPosix(Nixl):
 
     def refusal(self, case: Case) -> str:
         """Take what goes between a file in the page cache and memory of the host, as one prepared transfer."""
-        ends = (case.src, case.dst) if case.op == "READ" else (case.dst, case.src)
-        if case.place is not Place.LOCAL or ends != ("FILE", "DRAM") or case.prepared != "transfer":
+        if case.place is not Place.LOCAL or case.ends != ("DRAM", "FILE") or case.prepared != "transfer":
             return "it moves between a file in the page cache and memory, by prepared transfers"
         return "" if self.installed() else self._missing()
 
     def _make_far(self) -> tuple[int, ByteArray]:
         """Return a file in place of the other side's memory."""
-        with tempfile.TemporaryFile(prefix="xferbench-") as file:
-            os.posix_fallocate(file.fileno(), 0, self._region_nbytes)
-            return os.dup(file.fileno()), map_shared(file.fileno(), self._region_nbytes)
+        with nameless_file(self._region_nbytes) as (fd, memory):
+            return os.dup(fd), memory

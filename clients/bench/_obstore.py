@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from contextlib import ExitStack
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from xferd.clients.bench._cases import Case, Place
+from xferd.clients.bench._kinds import KINDS
 from xferd.clients.bench._probes import Probe, System
 
 if TYPE_CHECKING:
@@ -37,12 +37,11 @@ class Obstore(System):
 
     def refusal(self, case: Case) -> str:
         """Take what goes between an object and memory of the host."""
-        ends = (case.src, case.dst) if case.op == "READ" else (case.dst, case.src)
-        if case.place is not Place.LOCAL or ends != ("OBJECT", "DRAM"):
+        if case.place is not Place.LOCAL or case.ends != ("DRAM", "OBJECT"):
             return "it moves objects only"
         if self._store is None:
             return "there is no object store"
-        return "" if find_spec("obstore") else "obstore is not installed: pip install 'xferd[object]'"
+        return KINDS["OBJECT"].refusal()
 
     def probe(self, case: Case) -> Probe:
         """Return the probe."""

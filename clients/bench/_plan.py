@@ -54,7 +54,7 @@ def make_plan(cases: Sequence[Case], systems: Sequence[System]) -> Plan:
             why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
             plan.left_out.append(f"{case.name} left out: {why}")
         elif case.is_move:
-            found = {peer.name: _stand_in(peer, case) for peer in peers}
+            found = {peer.name: stand_in_for(peer, case) for peer in peers}
             for peer in peers:
                 stand_in = found[peer.name]
                 if isinstance(stand_in, str):
@@ -76,7 +76,7 @@ def is_peer(name: str) -> bool:
     return name not in (OWN, "memcpy", "iperf3")
 
 
-def _stand_in(peer: System, case: Case) -> Case | str:
+def stand_in_for(peer: System, case: Case) -> Case | str:
     """Return the case as a peer runs it: prepared in the same way, or in its own best; or why it does not."""
     if not case.is_alone or case.load or case.order not in peer.orders:
         return f"it is run one request at a time, with {' or '.join(peer.orders)} blocks"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xferd.api.errors import InvalidArgument, Unsupported
 from xferd.api.units import format_nbytes
 from xferd.clients.bench._cases import Place
+from xferd.clients.bench._documents import writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,9 +55,8 @@ def plot(rows: Sequence[Row], environment: Mapping[str, object], path: Path) -> 
         _draw_bars(axes, shown)
     axes.set_title(f"{environment['cpu']}, {environment['cores']} cores, {environment['date']}", fontsize="small")
     try:
-        figure.savefig(path)
-    except OSError as exc:
-        raise InvalidArgument(f"{path} cannot be written: {exc.strerror}", remedy="choose another file") from exc
+        with writing(path):
+            figure.savefig(path)
     finally:
         pyplot.close(figure)
 

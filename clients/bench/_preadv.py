@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, ClassVar
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from xferd.clients.bench._cases import Case, Place
+from xferd.clients.bench._kinds import nameless_file
 from xferd.clients.bench._patterns import Blocks
 from xferd.clients.bench._probes import Probe, System
-from xferd.clients.memory import map_shared
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -40,17 +39,16 @@ class Preadv(System):
 
     def refusal(self, case: Case) -> str:
         """Take what goes between a file in the page cache and memory of the host."""
-        ends = (case.src, case.dst) if case.op == "READ" else (case.dst, case.src)
-        return "" if case.place is Place.LOCAL and ends == ("FILE", "DRAM") else "it moves files in the page cache only"
+        is_known = case.place is Place.LOCAL and case.ends == ("DRAM", "FILE")
+        return "" if is_known else "it moves files in the page cache only"
 
     def probe(self, case: Case) -> Probe:
         """Return the probe, making the file and the memory that all probes share."""
         if self._made is None or self._pool is None:
-            with tempfile.TemporaryFile(prefix="xferbench-") as file:
-                os.posix_fallocate(file.fileno(), 0, self._region_nbytes)
-                fd = os.dup(file.fileno())
+            with nameless_file(self._region_nbytes) as (lent, file):
+                fd = os.dup(lent)
             self._stack.callback(os.close, fd)
-            self._made = fd, map_shared(fd, self._region_nbytes), mmap.mmap(-1, self._region_nbytes)
+            self._made = fd, file, mmap.mmap(-1, self._region_nbytes)
             self._pool = self._stack.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="preadv"))
         return PreadvProbe(case, *self._made, self._pool)
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import shutil
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from xferd.api.errors import Unsupported
-from xferd.clients.bench._fio import Fio
+from xferd.clients.bench import _fio as fio
+from xferd.clients.bench._cases import Case
 from xferd.clients.bench._flows import regions_for
 from xferd.clients.bench._gpu_copy import GpuCopy
+from xferd.clients.bench._kinds import KINDS
 from xferd.clients.bench._limits import Iperf3, Memcpy
 from xferd.clients.bench._obstore import Obstore
+from xferd.clients.bench._plan import stand_in_for
 from xferd.clients.bench._preadv import Preadv
+from xferd.clients.bench._standard import with_references
 from xferd.clients.bench._store import Store
 from xferd.clients.bench._xferd import Xferd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from xferd.clients.bench._cases import Case
     from xferd.clients.bench._probes import System
 
 PEERS = {
@@ -54,9 +56,9 @@ def missing(name: str) -> str:
     if name == "iperf3":
         return "" if shutil.which("iperf3") else "iperf3 is not installed: install your system's package iperf3"
     if name == "fio":
-        return "" if shutil.which("fio") else "fio is not installed: install your system's package fio"
+        return "" if shutil.which("fio") else fio.MISSING
     if name == "obstore":
-        return "" if find_spec("obstore") else "obstore is not installed: pip install 'xferd[object]'"
+        return KINDS["OBJECT"].refusal()
     if name in PEERS and _peer(name).installed() is None:
         return f"{name} is not installed: pip install 'xferd[peers]'"
     return ""
@@ -79,17 +81,16 @@ def systems_for(
     for name in names:
         if why := missing(name):
             raise Unsupported(why)
-    nbytes = region_for(cases)
     store = store or Store()
     makers: dict[str, Callable[[], System]] = {
-        "memcpy": lambda: Memcpy(nbytes),
+        "memcpy": lambda: Memcpy(region_for(cases)),
         "iperf3": Iperf3,
-        "fio": Fio,
-        "preadv": lambda: Preadv(nbytes),
+        "fio": fio.Fio,
+        "preadv": lambda: _sized(Preadv, cases),
         "obstore": lambda: Obstore(store),
-        "gpu-copy": lambda: GpuCopy(nbytes),
+        "gpu-copy": lambda: _sized(GpuCopy, cases),
     }
-    beside = [makers[name]() if name in makers else _peer(name)(nbytes) for name in names]
+    beside = [makers[name]() if name in makers else _sized(_peer(name), cases) for name in names]
     return [*beside, Xferd(cases, store, settings)]
 
 
@@ -99,6 +100,13 @@ def region_for(cases: Sequence[Case]) -> int:
     limits = max((case.nbytes for case in cases if not case.is_move), default=0)
     wanted = max(own, limits, 4096)
     return -(-wanted // 4096) * 4096
+
+
+def _sized(make: Callable[[int], System], cases: Sequence[Case]) -> System:
+    """Return a system with memory for the cases that it will run: what is large for another's sake costs it nothing."""
+    system = make(0)
+    able = [case for case in cases if isinstance(stand_in_for(system, case), Case)]
+    return make(min(region_for(cases), region_for(with_references(able))))
 
 
 def _peer(name: str) -> Any:  # a class of Peer's: loaded by name

@@ -14,6 +14,7 @@ import numpy as np
 
 from xferd.api.errors import Unsupported
 from xferd.api.types import Access
+from xferd.clients._cuda import LIBRARY
 from xferd.clients._device_driver import CUDA, SIMULATED
 from xferd.clients.bench._owned import Owned
 from xferd.clients.devices import SimulatedBuffer
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def has_driver() -> bool:
     """Say whether CUDA's driver is on this machine; it is not initialised."""
     try:
-        ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL(LIBRARY)
     except OSError:
         return False
     return True

@@ -90,9 +90,9 @@ class Xferd(System):
         refusals = [KINDS[kind].refusal() for kind in (case.src, case.dst)]
         if any(refusals):
             return next(filter(None, refusals))
-        if (case.src, case.dst).count("OBJECT") and self._store is None:
+        if "OBJECT" in case.ends and self._store is None:
             return "OBJECT has no store: give one"
-        if case.place is Place.TCP and (case.src if case.op == "READ" else case.dst) == "OBJECT":
+        if case.place is Place.TCP and case.ends[1] == "OBJECT":
             return "an OBJECT is not served to other nodes: each reaches the store by itself"
         if case.dst == "OBJECT" and case.prepared == "lists":
             return "an object is written as a whole, by lists that are of it alone"

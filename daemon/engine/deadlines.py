@@ -52,7 +52,6 @@ class Deadlines:
 
     def close(self) -> None:
         """Tell of nothing any more."""
-        self._due.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer, self._timer_at = None, float("inf")
@@ -67,8 +66,9 @@ class Deadlines:
         self._timer, self._timer_at = None, float("inf")
         now = self._clock()
         over = [due for due in self._due.values() if due[0] <= now]
-        for _, transfer, post in over:
-            if self._due.get(transfer.id, (0.0, None, -1))[2] == post:
+        for due in over:
+            _, transfer, post = due
+            if self._due.get(transfer.id) is due:  # not dropped, nor armed anew, by who was told of another
                 del self._due[transfer.id]
                 self._is_over(transfer, post)
         if self._due:

@@ -274,7 +274,12 @@ class TransferMachine:
         for key, transfer_id in self._scheduler.take():
             transfer = self.transfers[transfer_id]
             leg = self._leg_for(transfer, key)
-            number = transfer.todo[leg].popleft()
+            if leg is None:
+                raise InternalError(f"transfer {transfer.id} was scheduled on {key} with nothing to start")
+            todo = transfer.todo[leg]
+            number = todo.popleft()
+            if not todo:  # a transfer of many legs must not look at those that are done for each chunk
+                del transfer.todo[leg]
             chunk, index = ChunkRef(leg, number), transfer.route_index[leg]
             transfer.in_flight[chunk] = (key, index)
             self._requeue(transfer, key)
@@ -321,11 +326,10 @@ class TransferMachine:
                 transfer.route_index[chunk.leg] = max(transfer.route_index[chunk.leg], index + 1)
                 transfer.reroutes += 1
                 transfer.last_routes = self._present_routes(transfer)
-                transfer.todo[chunk.leg].append(chunk.number)
+                transfer.todo.setdefault(chunk.leg, deque()).append(chunk.number)
                 self._scheduler.remove(transfer.id)
-                for number, todo in transfer.todo.items():
-                    if todo:
-                        self._enqueue(transfer, number)
+                for leg_number in transfer.todo:
+                    self._enqueue(transfer, leg_number)
                 return self.starts(now)
             error.routes_tried = tuple(transfer.routes_tried)
             if route.pin:
@@ -392,19 +396,17 @@ class TransferMachine:
 
     def _requeue(self, transfer: Transfer, key: SlotKey) -> None:
         """Queue up for another turn at a slot key if any leg has chunks left for it."""
-        assert transfer.plan is not None
-        for number, todo in transfer.todo.items():
-            if todo and transfer.plan.legs[number].routes[transfer.route_index[number]].slot_key == key:
-                self._enqueue(transfer, number)
-                return
+        leg = self._leg_for(transfer, key)
+        if leg is not None:
+            self._enqueue(transfer, leg)
 
-    def _leg_for(self, transfer: Transfer, key: SlotKey) -> int:
-        """Return a leg with chunks to start whose present route competes for this slot."""
+    def _leg_for(self, transfer: Transfer, key: SlotKey) -> int | None:
+        """Return a leg with chunks to start whose present route competes for this slot; None where there is none."""
         assert transfer.plan is not None
-        for number, todo in transfer.todo.items():
-            if todo and transfer.plan.legs[number].routes[transfer.route_index[number]].slot_key == key:
+        for number in transfer.todo:
+            if transfer.plan.legs[number].routes[transfer.route_index[number]].slot_key == key:
                 return number
-        raise InternalError(f"transfer {transfer.id} was scheduled on {key} with nothing to start")
+        return None
 
     def _has_next_route(self, transfer: Transfer, leg: int, index: int) -> bool:
         assert transfer.plan is not None
@@ -422,13 +424,13 @@ class TransferMachine:
     def _continue(self, transfer: Transfer, now: float) -> list[Instruction]:
         """After a chunk came to rest: conclude if it was the last, and use the slot that it left."""
         instructions: list[Instruction] = []
-        if not transfer.in_flight and (transfer.verdict is not None or not any(transfer.todo.values())):
+        if not transfer.in_flight and (transfer.verdict is not None or not transfer.todo):
             instructions = self._conclude(transfer, now)
         return instructions + self.starts(now)
 
     def _stop(self, transfer: Transfer, now: float) -> list[Instruction]:
         self._scheduler.remove(transfer.id)
-        transfer.todo = {leg: deque() for leg in transfer.todo}
+        transfer.todo = {}
         if transfer.is_settling:
             return []  # what is half committed must come to its end first
         if transfer.in_flight or transfer.is_notifying:
@@ -462,7 +464,7 @@ class TransferMachine:
                 busy[key] = busy.get(key, 0) + 1
             if not transfer.is_active:
                 assert not transfer.in_flight, transfer.story
-                assert not any(transfer.todo.values()), transfer.story
+                assert not transfer.todo, transfer.story
             if transfer.state is TransferState.DONE:
                 assert transfer.moved_nbytes == transfer.total_nbytes, transfer.story
         assert busy == {key: count for key, count in self._scheduler.busy().items() if count}, busy

@@ -1,8 +1,9 @@
 """Huge pages for pools that have none set aside: the kernel is asked to collapse 512 small pages into one of 2 MiB.
 
-Copies between collapsed pools are up to twice as fast, because far fewer pages are looked up. ``MADV_COLLAPSE`` (Linux
-6.1) works where transparent huge pages for shared memory are off, as they are by default. It takes about 5 ms of CPU a
-page, so that it is done in the background, a few pages at a time; what is being copied meanwhile is not harmed.
+Copies between collapsed pools are faster, because far fewer pages are looked up (``docs/performance.md``).
+``MADV_COLLAPSE`` (Linux 6.1) works where transparent huge pages for shared memory are off, as they are by default. It
+takes milliseconds of CPU a page, so that it is done in the background, a few pages at a time; what is being copied
+meanwhile is not harmed.
 
 Not here: pages set aside by the administrator (``huge_pages`` in ``pool.py``), which need none of this.
 """

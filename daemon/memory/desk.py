@@ -134,8 +134,9 @@ class MemoryDesk:
             return RegionListing(self._node, self._epoch, infos)
         pool = None if self._devices.has_pool(request.pool) else self._pool(request.pool)
         if request.persistent:
+            name = request.pool if pool is None else pool.name
             raise Unsupported(
-                f"persistent regions of pool {request.pool or 'host'!r}, whose memory ends with the daemon",
+                f"persistent regions of pool {name!r}, whose memory ends with the daemon",
                 limit="pools of [[storage_pools]]",
                 remedy="name a storage pool",
             )

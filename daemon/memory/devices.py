@@ -22,7 +22,7 @@ from xferd.api.errors import (
     PermissionDenied,
     Unsupported,
 )
-from xferd.api.types import Access, DeviceEvent, DeviceHandle, DeviceInfo, MemoryKind, RegionSource
+from xferd.api.types import Access, DeviceEvent, DeviceHandle, MemoryKind, RegionSource
 from xferd.daemon.memory.backing import Backing, MemfdBacking, PoolBacking
 from xferd.daemon.memory.device_pool import DevicePoolBacking
 from xferd.daemon.sessions.caller import session_of
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from xferd.api.types import (
         AllocateRequest,
         Caller,
+        DeviceInfo,
         PoolInfo,
         RegionId,
         RegionInfo,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     )
     from xferd.daemon.memory.device_pool import DevicePool
     from xferd.daemon.memory.regions import RegionTable
-    from xferd.plugins.devices import DeviceFacts
 
 UUID_NBYTES = 16
 HANDLE_NBYTES = 64
@@ -237,7 +237,7 @@ class DeviceDesk:
 
     def infos(self) -> list[DeviceInfo]:
         """List the GPUs."""
-        return [_info_of(facts) for facts in self._memory.facts()]
+        return list(self._memory.facts())
 
     async def open_event(self, caller: Caller, device: int, handle: bytes) -> DeviceEvent:
         """Open a client's event, or make one."""
@@ -331,7 +331,7 @@ class DeviceDesk:
 class NoDevices(DeviceMemory):
     """Stands in where no backend has GPUs, so that nobody needs to ask whether one has."""
 
-    def facts(self) -> tuple[DeviceFacts, ...]:
+    def facts(self) -> tuple[DeviceInfo, ...]:
         """Return none."""
         return ()
 
@@ -411,21 +411,3 @@ def _check_export(request: RegisterDeviceRequest, fd: int) -> None:
             limit=f"{HANDLE_NBYTES} bytes",
             remedy="pass what cudaIpcGetMemHandle gave; file descriptors go over the session socket",
         )
-
-
-def _info_of(facts: DeviceFacts) -> DeviceInfo:
-    return DeviceInfo(
-        index=facts.index,
-        device_uuid=facts.device_uuid,
-        name=facts.name,
-        driver=facts.driver,
-        reason=facts.reason,
-        total_nbytes=facts.total_nbytes,
-        free_nbytes=facts.free_nbytes,
-        workers=facts.workers,
-        worker_restarts=facts.worker_restarts,
-        pinned_nbytes=facts.pinned_nbytes,
-        moved_nbytes=facts.moved_nbytes,
-        kernel_s=facts.kernel_s,
-        copy_s=facts.copy_s,
-    )

@@ -8,8 +8,8 @@ arranges.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
-import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,30 +23,35 @@ from xferd.api.errors import (
     WouldBlock,
     XferdError,
 )
-from xferd.plugins.base import Backend, BackendStatistics, Begun, Chunk, DeviceSpace, FileSpace, MappedSpace, SpaceKind
+from xferd.plugins.base import Backend, Begun, Chunk, DeviceSpace, FileSpace, MappedSpace, SpaceKind
+from xferd.plugins.begun import told
 from xferd.plugins.cuda.bounce import HostBounce
-from xferd.plugins.cuda.layout import Engine, Outcome, Side
+from xferd.plugins.cuda.layout import MAX_ROWS, Engine, Outcome, Side
 from xferd.plugins.cuda.manager import PEERS, DeviceManager, allocations_of
 from xferd.plugins.cuda.options import CudaOptions
 from xferd.plugins.cuda.process import Command, Told
 from xferd.plugins.devices import DeviceMemory
+from xferd.plugins.movers import MoveCounter
+from xferd.plugins.pairs import ByPair
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from xferd.plugins.base import Extent, Space
+    from xferd.api.types import DeviceInfo
+    from xferd.plugins.base import BackendStatistics, Extent, Space
     from xferd.plugins.cuda.manager import Segment
     from xferd.plugins.cuda.process import WorkerProcess
-    from xferd.plugins.devices import DeviceExport, DeviceFacts
+    from xferd.plugins.devices import DeviceExport
 
-# Measured on one H100: a kernel over 1024 x 4 KiB in 35 us with its table; 720 GB/s for 64 KiB x 1024, 50 over the bus.
+# Assumed until chunks were timed; seen on one H100 on 2026-11-23: a kernel over 1024 x 4 KiB in 35 us with its table;
+# 720 GB/s for 64 KiB x 1024, 50 over the bus.
 _START_S = 60e-6
 _PIECE_S = 15e-9
 _DEVICE_NBYTES_PER_S = 700e9
 _HOST_NBYTES_PER_S = 45e9
 
 MAX_CHUNK_NBYTES = 256 << 20
-MAX_CHUNK_ROWS = 65536
+MAX_CHUNK_ROWS = MAX_ROWS // 2  # of either side
 """A chunk of less would cost more to start than to move, and tables of parts are not kept."""
 
 MAX_TRIES = 8
@@ -67,26 +72,33 @@ _PAIRS = frozenset(
     }
 )
 
+_MENDABLE = (Outcome.MISSING, Outcome.UNKNOWN_TABLE)
+"""Answers after which a command is sent again: nothing moved, and what it lacks can be provided."""
+
 _SIDES = {SpaceKind.MAPPED: Side.HOST, SpaceKind.DEVICE: Side.DEVICE, SpaceKind.FILE: Side.FILE}
 
 
 class CudaBackend(Backend, DeviceMemory):
-    """Sends chunks to the worker of the agent that they are moved for, and tells it what it misses."""
+    """Sends chunks to the worker of the agent that they are moved for, and tells it what it misses.
+
+    Args:
+        options: as configured.
+        now_budget_s: how long the event loop waits for a small move, where it does.
+    """
 
     name: ClassVar[str] = "cuda"
     options: ClassVar[type[CudaOptions]] = CudaOptions
 
-    def __init__(self, options: CudaOptions) -> None:
+    def __init__(self, options: CudaOptions, *, now_budget_s: float = NOW_BUDGET_S) -> None:
         self._options = options
         self.manager = DeviceManager(options)
         self._bounce = HostBounce()
-        self._tables: weakref.WeakKeyDictionary[Extent, tuple[weakref.ref[Extent], int]] = weakref.WeakKeyDictionary()
+        self._tables: ByPair[int] = ByPair()
         self._table_ids = itertools.count(1)
         self._moved: dict[int, int] = {}
         self._seconds: dict[tuple[int, Engine], float] = {}
-        self._chunks = 0
-        self._failures = 0
-        self._busy = 0
+        self._counter = MoveCounter()
+        self._now_budget_s = now_budget_s
         self._closed = False
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -144,42 +156,11 @@ class CudaBackend(Backend, DeviceMemory):
             InvalidArgument: the process that exported the memory has gone.
             MoveFailed: the device failed.
         """
-        self._enter()
-        try:
-            moved = await self._move(chunk)
-        except BaseException:
-            self._leave(is_done=False)
-            raise
-        self._leave(is_done=True)
-        return moved
+        return await told(functools.partial(self._start, chunk))
 
     def begin(self, chunk: Chunk, done: Callable[[int | Exception], None]) -> Begun | None:
         """Send a chunk to its worker, where there is one; what the worker turns out to miss is provided in a task."""
-        self._check_there(chunk)
-        device, owner = _device_of(chunk), _owner_of(chunk)
-        worker = self.manager.live(device, owner)
-        if worker is None or worker.is_lost or self._closed:
-            return None
-        flight = _Flight()
-
-        def end(outcome: int | Exception) -> None:
-            self._leave(is_done=not isinstance(outcome, Exception))
-            done(outcome)
-
-        def told(how: Told) -> None:
-            if how.outcome is Outcome.DONE:
-                self._count(device, how)
-                end(how.nbytes)
-            elif how.outcome in (Outcome.MISSING, Outcome.UNKNOWN_TABLE):
-                flight.task = self._spawn(self._move(chunk, first=how), end)
-                if flight.is_aborted:
-                    flight.task.cancel()
-            else:
-                end(_error_of(device, how))
-
-        self._enter()
-        worker.submit(self._command(chunk), told)
-        return flight
+        return None if self._closed or self._at_hand(chunk) is None else self._start(chunk, done)
 
     def move_now(self, source: Extent, target: Extent, agent: str = "") -> Callable[[], int] | None:
         """Return a call that waits for a GPU on the event loop, where that is the shorter way: for small moves.
@@ -199,23 +180,23 @@ class CudaBackend(Backend, DeviceMemory):
             worker = self.manager.live(device, owner)
             if worker is None or self._closed or self.manager.lost:
                 raise WouldBlock(f"GPU {device} has no worker at hand", remedy="move it the long way")
-            told = worker.run_now(self._command(chunk), NOW_BUDGET_S)
-            if told is None or told.outcome is not Outcome.DONE:
+            ended = worker.run_now(self._command(chunk), self._now_budget_s)
+            if ended is None or ended.outcome is not Outcome.DONE:
                 raise WouldBlock(f"GPU {device} is busy", remedy="move it the long way")
-            self._chunks += 1
-            self._count(device, told)
-            return told.nbytes
+            self._counter.chunks += 1
+            self._counter.moved_nbytes += ended.nbytes
+            self._count(device, ended)
+            return ended.nbytes
 
         return now
 
     def statistics(self) -> BackendStatistics:
         """Return counters since start."""
-        slots = self._options.slots * max(len(self.manager.facts()), 1)
-        return BackendStatistics(sum(self._moved.values()), self._chunks, self._failures, self._busy, slots)
+        return self._counter.snapshot(self._options.slots * max(len(self.manager.facts()), 1))
 
     # ------------------------------------------------------------------------------------ DeviceMemory
 
-    def facts(self) -> tuple[DeviceFacts, ...]:
+    def facts(self) -> tuple[DeviceInfo, ...]:
         """Return what is known of each device, with what it has moved."""
         return tuple(
             replace(
@@ -273,6 +254,42 @@ class CudaBackend(Backend, DeviceMemory):
 
     # ------------------------------------------------------------------------------------ internals
 
+    def _at_hand(self, chunk: Chunk) -> WorkerProcess | None:
+        """Return the worker that a chunk can be sent to at once."""
+        worker = self.manager.live(_device_of(chunk), _owner_of(chunk))
+        return None if worker is None or worker.is_lost else worker
+
+    def _start(self, chunk: Chunk, done: Callable[[int | Exception], None]) -> Begun:
+        """Send a chunk to its worker; by a task where that must be started, or misses something."""
+        if self._closed:
+            raise Closed("the GPU backend was closed", remedy="the daemon is stopping")
+        self._check_there(chunk)
+        flight = _Flight()
+
+        def end(outcome: int | Exception) -> None:
+            self._counter.ended(chunk.nbytes, outcome)
+            if not self._counter.busy:
+                self._quiet.set()
+            done(outcome)
+
+        def hear(how: Told) -> None:
+            if how.outcome is Outcome.DONE:
+                self._count(_device_of(chunk), how)
+                end(how.nbytes)
+            elif how.outcome in _MENDABLE:
+                flight.go_on(self._spawn(self._move(chunk, first=how), end))
+            else:
+                end(_error_of(_device_of(chunk), how))
+
+        self._counter.busy += 1
+        self._quiet.clear()
+        worker = self._at_hand(chunk)
+        if worker is None:
+            flight.go_on(self._spawn(self._move(chunk), end))
+        else:
+            worker.submit(self._command(chunk), hear)
+        return flight
+
     async def _move(self, chunk: Chunk, first: Told | None = None) -> int:
         """Send a chunk until it has moved, after providing what the worker misses; ``first`` is its first answer."""
         self._check_there(chunk)
@@ -280,20 +297,20 @@ class CudaBackend(Backend, DeviceMemory):
         device, owner = _device_of(chunk), _owner_of(chunk)
         for _ in range(MAX_TRIES):
             worker = self.manager.live(device, owner) or await self.manager.worker(device, owner)
-            told, first = first or await _run(worker, command), None
-            match told.outcome:
+            how, first = first or await _run(worker, command), None
+            match how.outcome:
                 case Outcome.DONE:
-                    self._count(device, told)
-                    return told.nbytes
+                    self._count(device, how)
+                    return how.nbytes
                 case Outcome.MISSING:
                     segments = self._segments(chunk)
                     if segments is None:
                         return await self._bounce.move(chunk, self.manager, self._move)
                     await self._provide(worker, chunk, segments)
                 case Outcome.UNKNOWN_TABLE:
-                    worker.forget_table(command.table_id)
+                    continue  # it goes along the next time
                 case _:
-                    raise _error_of(device, told)
+                    raise _error_of(device, how)
         raise Unavailable(f"the worker of GPU {device} does not keep what it is told", remedy="see the node's log")
 
     async def _provide(self, worker: WorkerProcess, chunk: Chunk, segments: list[Segment]) -> None:
@@ -336,18 +353,13 @@ class CudaBackend(Backend, DeviceMemory):
         )
 
     def _table_of(self, source: Extent, target: Extent) -> int:
-        """Return the id under which a worker keeps a pair of lists from its second time on; 0 for the first.
-
-        Plans keep their lists, so a transfer that is posted again has the same objects. Parts that are cut for one
-        chunk are new ones each time, and are never met again.
-        """
-        known = self._tables.get(source)
-        if known is None or known[0]() is not target:
-            self._tables[source] = weakref.ref(target), 0
-            return 0
-        if not known[1]:
-            known = self._tables[source] = known[0], next(self._table_ids)
-        return known[1]
+        """Return the id under which a worker keeps a pair of lists from its second time on; 0 for the first."""
+        known = self._tables.get(source, target)
+        if known:
+            return known
+        table_id = 0 if known is None else next(self._table_ids)
+        self._tables.put(source, target, table_id)
+        return table_id
 
     def _spawn(self, move: Coroutine[None, None, int], end: Callable[[int | Exception], None]) -> asyncio.Task[int]:
         """Run a move that could not be begun without a task; its end is told whatever becomes of it."""
@@ -365,63 +377,51 @@ class CudaBackend(Backend, DeviceMemory):
         task.add_done_callback(ended)
         return task
 
-    def _enter(self) -> None:
-        if self._closed:
-            raise Closed("the GPU backend was closed", remedy="the daemon is stopping")
-        self._busy += 1
-        self._quiet.clear()
-
-    def _leave(self, *, is_done: bool) -> None:
-        self._busy -= 1
-        if is_done:
-            self._chunks += 1
-        else:
-            self._failures += 1
-        if not self._busy:
-            self._quiet.set()
-
-    def _count(self, device: int, told: Told) -> None:
-        self._moved[device] = self._moved.get(device, 0) + told.nbytes
-        key = device, told.engine
-        self._seconds[key] = self._seconds.get(key, 0.0) + told.device_ns * 1e-9
+    def _count(self, device: int, how: Told) -> None:
+        self._moved[device] = self._moved.get(device, 0) + how.nbytes
+        key = device, how.engine
+        self._seconds[key] = self._seconds.get(key, 0.0) + how.device_ns * 1e-9
 
 
 async def _run(worker: WorkerProcess, command: Command) -> Told:
-    """Send a command and wait for its end, also when cancelled: a GPU cannot be stopped in the middle."""
-    future: asyncio.Future[Told] = asyncio.get_running_loop().create_future()
-    worker.submit(command, future.set_result)
-    cancelled: asyncio.CancelledError | None = None
-    while True:
-        try:
-            told = await asyncio.shield(future)
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-            continue
-        if cancelled is not None:
-            raise cancelled
-        return told
+    """Send a command and wait for its end, also when cancelled."""
+
+    def start(done: Callable[[Told | Exception], None]) -> Begun:
+        worker.submit(command, done)
+        return _Flight()
+
+    return await told(start)
 
 
 class _Flight(Begun):
-    """A chunk that a worker has. It cannot be stopped: a GPU finishes what it was given, in milliseconds."""
+    """A chunk that a worker has. It cannot be stopped: a GPU finishes what it was given, in milliseconds.
+
+    What can be stopped is the task that goes on with it.
+    """
 
     def __init__(self) -> None:
-        self.task: asyncio.Task[int] | None = None
-        self.is_aborted = False
+        self._task: asyncio.Task[int] | None = None
+        self._is_aborted = False
+
+    def go_on(self, task: asyncio.Task[int]) -> None:
+        """Take over a task."""
+        self._task = task
+        if self._is_aborted:
+            task.cancel()
 
     def abort(self) -> None:
-        """Stop what comes after the command, if it must be sent again."""
-        self.is_aborted = True
-        if self.task is not None:
-            self.task.cancel()
+        """Stop the task, now or when it comes."""
+        self._is_aborted = True
+        if self._task is not None:
+            self._task.cancel()
 
 
-def _error_of(device: int, told: Told) -> XferdError:
-    if told.lost is not None:
-        return told.lost
-    if told.outcome is Outcome.REFUSED:
-        return InvalidArgument(f"GPU {device}: {told.text}", remedy="check the regions and their offsets")
-    return MoveFailed(f"GPU {device}: {told.text}", remedy="see the node's log")
+def _error_of(device: int, how: Told) -> XferdError:
+    if how.lost is not None:
+        return how.lost
+    if how.outcome is Outcome.REFUSED:
+        return InvalidArgument(f"GPU {device}: {how.text}", remedy="check the regions and their offsets")
+    return MoveFailed(f"GPU {device}: {how.text}", remedy="see the node's log")
 
 
 def _owner_of(chunk: Chunk) -> str:
@@ -430,8 +430,16 @@ def _owner_of(chunk: Chunk) -> str:
 
 
 def _device_of(chunk: Chunk) -> int:
-    """Return the GPU whose worker moves a chunk: the target's where both sides have one."""
-    for extent in (chunk.target, chunk.source):
-        if isinstance(extent.space, DeviceSpace):
-            return extent.space.device
+    return device_of(chunk.source.space, chunk.target.space)
+
+
+def device_of(source: Space, target: Space) -> int:
+    """Return the GPU whose worker moves between two spaces: the target's where both are of one.
+
+    Raises:
+        InvalidArgument: neither is.
+    """
+    for space in (target, source):
+        if isinstance(space, DeviceSpace):
+            return space.device
     raise InvalidArgument("a chunk without GPU memory", remedy="use another backend")

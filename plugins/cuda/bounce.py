@@ -44,11 +44,12 @@ class HostBounce:
         async with self._lock:
             buffer = self._made(manager)
             is_upload = isinstance(chunk.source.space, MappedSpace)
+            sources, targets = chunk.source.indexed(), chunk.target.indexed()
             for start in range(0, chunk.nbytes, BOUNCE_NBYTES):
                 nbytes = min(BOUNCE_NBYTES, chunk.nbytes - start)
                 row = np.array([[buffer.ctypes.data, nbytes]], dtype=np.uint64)
                 through = Extent(MappedSpace(), row)
-                source, target = chunk.source.cut(start, start + nbytes), chunk.target.cut(start, start + nbytes)
+                source, target = sources.cut(start, start + nbytes), targets.cut(start, start + nbytes)
                 if is_upload:
                     await self._movers.run(self._copier.copy, source.iov, row)
                     await move(replace(chunk, source=through, target=target, nbytes=nbytes))

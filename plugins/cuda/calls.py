@@ -8,12 +8,9 @@ versions that every driver since CUDA 12 has.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from xferd.api.errors import DeviceLost, PoolExhausted, Unavailable, Unsupported
-
-if TYPE_CHECKING:
-    from xferd.api.errors import XferdError
+from xferd.api.errors import DeviceLost, PoolExhausted, Unavailable, Unsupported, XferdError
 
 LIBRARY: Final = "libcuda.so.1"
 HANDLE_NBYTES: Final = 64
@@ -22,7 +19,6 @@ HANDLE_NBYTES: Final = 64
 SUCCESS: Final = 0
 OUT_OF_MEMORY: Final = 2
 NO_DEVICE: Final = 100
-INVALID_DEVICE: Final = 101
 NOT_READY: Final = 600
 
 LOST: Final = frozenset(
@@ -157,6 +153,28 @@ class Cuda:
         if code == OUT_OF_MEMORY:
             raise PoolExhausted(message, remedy="use less GPU memory, here or in other processes")
         raise otherwise(message, remedy=remedy or "see the CUDA documentation of this error")
+
+    def lock_host(self, address: int, nbytes: int, *, is_writable: bool = True) -> None:
+        """Register host memory, for all contexts and at its own address.
+
+        Raises:
+            DeviceLost: the context is of no more use.
+            Unavailable: the system does not let so much be locked; CUDA calls that out of memory.
+        """
+        flags = REGISTER_PORTABLE | REGISTER_DEVICEMAP | (0 if is_writable else REGISTER_READ_ONLY)
+        about = f"locking {nbytes} bytes of host memory"
+        try:
+            self.call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(nbytes), flags, about=about)
+        except DeviceLost:
+            raise
+        except XferdError as error:
+            raise Unavailable(
+                error.message, remedy="raise LimitMEMLOCK of the unit, or use less host memory"
+            ) from error
+
+    def unlock_host(self, address: int) -> None:
+        """Undo ``lock_host``."""
+        self.call("cuMemHostUnregister", ctypes.c_void_p(address))
 
     def name_of(self, code: int) -> str:
         """Return CUDA's name for an error and what it says of it."""

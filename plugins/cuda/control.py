@@ -21,7 +21,7 @@ MAX_PACKET_NBYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker has its context. ``devices`` is how many the driver shows; the rest as in ``DeviceFacts``.
+    """The worker has its context. ``devices`` is how many the driver shows; the rest as in ``DeviceInfo``.
 
     ``file_manner`` says how it moves between files and GPU memory, "" where it cannot; ``file_refusal`` says why not.
     """
@@ -154,7 +154,6 @@ def encode(message: Ready | Request | Reply) -> bytes:
 def decode(packet: bytes) -> Ready | Request | Reply:
     """Return what a packet says."""
     name, values = json.loads(packet)
-    values = {key: tuple(map(tuple, value)) if isinstance(value, list) else value for key, value in values.items()}
     made: Any = _CLASSES[name](**values)
     return made  # type: ignore[no-any-return]  # one of the classes of the table
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from xferd.api.errors import XferdError
     from xferd.plugins.cuda.control import Ready
     from xferd.plugins.cuda.layout import Engine
 
@@ -26,16 +27,12 @@ class Pieces:
     Attributes:
         table: u64 (n, 3): source address, target address, nbytes; no piece is empty, none overlaps another's target.
         nbytes: sum of the pieces.
-        from_host: whether the source is host memory (which ``lock_host`` has locked).
-        to_host: the same of the target.
-        source_device: number of the GPU that the source is on, where it is GPU memory.
+        on_host: whether source or target is host memory (which ``lock_host`` has locked).
     """
 
     table: NDArray[np.uint64]
     nbytes: int
-    from_host: bool
-    to_host: bool
-    source_device: int = 0
+    on_host: bool
 
 
 class Plan(abc.ABC):
@@ -67,6 +64,25 @@ class Flight(abc.ABC):
         """Return how long the device was at it; called after ``is_done``."""
 
 
+class ThreadFlight(Flight):
+    """A plan that a thread of this process moves: it sets ``error`` or moves all, and ``end`` last of all."""
+
+    def __init__(self) -> None:
+        self.error: XferdError | None = None
+        self.taken_ns = 0
+        self.end = False
+
+    def is_done(self) -> bool:
+        """Whether the thread has ended with it."""
+        if self.end and self.error is not None:
+            raise self.error
+        return self.end
+
+    def device_ns(self) -> int:
+        """Return how long the thread was at it."""
+        return self.taken_ns
+
+
 class Driver(abc.ABC):
     """One GPU, or what behaves like one."""
 
@@ -85,8 +101,10 @@ class Driver(abc.ABC):
         """Return the device's free memory."""
 
     @abc.abstractmethod
-    def open(self, nbytes: int, handle: bytes, fd: int, device: int) -> int:
-        """Map an allocation of ``device`` that another process exported; returns its address. ``fd`` is the caller's.
+    def open(self, nbytes: int, handle: bytes, fd: int) -> int:
+        """Map an allocation that another process exported, of any GPU; returns its address. ``fd`` is the caller's.
+
+        It comes by ``handle``, or by ``fd`` where that is not -1.
 
         Raises:
             InvalidArgument: not a handle of a living process, or of fewer bytes.
@@ -139,7 +157,3 @@ class Driver(abc.ABC):
     @abc.abstractmethod
     def make_event(self) -> tuple[int, bytes]:
         """Make an event that other processes can open; returns (event, IPC handle)."""
-
-    @abc.abstractmethod
-    def stop(self) -> None:
-        """Let go of everything; nothing is under way."""

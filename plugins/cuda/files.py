@@ -17,7 +17,7 @@ import numpy as np
 
 from xferd.api.errors import MoveFailed, ShortTransfer, XferdError
 from xferd.plugins import vectored
-from xferd.plugins.cuda.driver import Flight, Plan
+from xferd.plugins.cuda.driver import Plan, ThreadFlight
 from xferd.plugins.cuda.layout import Engine
 
 if TYPE_CHECKING:
@@ -92,8 +92,13 @@ class Kvikio(FileLibrary):
         try:
             with self._kvikio.CuFile(path, "r+" if is_write else "r") as file:
                 call = file.pwrite if is_write else file.pread
-                futures = [call(_Span(at, nbytes), nbytes, offset) for offset, at, nbytes in rows.tolist()]
-                return _sum_of(futures)
+                futures: list[Any] = []
+                try:
+                    for offset, at, nbytes in rows.tolist():
+                        futures.append(call(_Span(at, nbytes), nbytes, offset))
+                finally:
+                    moved = _sum_of(futures)  # also of those that it took before it refused one
+                return moved
         except (OSError, RuntimeError, ValueError) as exc:
             raise MoveFailed(f"kvikio: {exc}", remedy="see the file, or route by posix") from exc
 
@@ -122,24 +127,12 @@ class FilePlan(Plan):
         self.nbytes = 0
 
 
-class FileFlight(Flight):
-    """A move by the library; ``end`` is set by its thread, last of all."""
+class FileFlight(ThreadFlight):
+    """A move by the library."""
 
     def __init__(self, plan: FilePlan) -> None:
+        super().__init__()
         self.plan = plan
-        self.error: XferdError | None = None
-        self.taken_ns = 0
-        self.end = False
-
-    def is_done(self) -> bool:
-        """Whether the library has come back."""
-        if self.end and self.error is not None:
-            raise self.error
-        return self.end
-
-    def device_ns(self) -> int:
-        """Return how long the library was at it."""
-        return self.taken_ns
 
 
 class FileMovers:

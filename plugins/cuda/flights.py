@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from xferd.api.errors import DeviceLost
+from xferd.api.errors import DeviceLost, XferdError
 from xferd.api.mapping import map_shared
 from xferd.plugins.cuda import calls
 from xferd.plugins.cuda.driver import Flight, Plan
@@ -86,6 +86,7 @@ class Slots:
 
         Raises:
             PoolExhausted: the device has no memory for it.
+            Unavailable: the system does not let host memory for it be locked.
         """
         size = max(1 << (nbytes - 1).bit_length(), MIN_SLOT_NBYTES)
         free = self._free.setdefault(size, [])
@@ -100,7 +101,7 @@ class Slots:
     def close(self) -> None:
         """Free all."""
         for device, host in self._chunks:
-            self._cuda.call("cuMemHostUnregister", ctypes.c_void_p(int(host.ctypes.data)))
+            self._cuda.unlock_host(int(host.ctypes.data))
             self._cuda.call("cuMemFree_v2", device)
         self._chunks.clear()
         self._free.clear()
@@ -110,21 +111,21 @@ class Slots:
         device = ctypes.c_uint64()
         self._cuda.call("cuMemAlloc_v2", ctypes.byref(device), ctypes.c_size_t(total), about="memory for tables")
         host = map_shared(-1, total)
-        flags = calls.REGISTER_PORTABLE | calls.REGISTER_DEVICEMAP
-        address = ctypes.c_void_p(int(host.ctypes.data))
-        self._cuda.call("cuMemHostRegister_v2", address, ctypes.c_size_t(total), flags, about="memory for tables")
+        try:
+            self._cuda.lock_host(int(host.ctypes.data), total)
+        except XferdError:
+            self._cuda.cuMemFree_v2(device)
+            raise
         self._chunks.append((device, host))
         free.extend(Slot(size, device.value + at, host[at : at + size]) for at in range(0, total, size))
 
 
 class NvidiaPlan(Plan):
-    """Pieces for the kernel (``slot``) or for the copy engines (``copies``)."""
+    """Pieces for the kernel or for the copy engines."""
 
-    def __init__(self, nbytes: int, engine: Engine, *, on_host: bool) -> None:
-        self.nbytes = nbytes
-        self.engine = engine
-        self.on_host = on_host
-        self.first: NvidiaFlight | None = None  # the one that uploads the table
+    def __init__(self, pieces: Pieces) -> None:
+        self.nbytes = pieces.nbytes
+        self.on_host = pieces.on_host
 
     def enqueue(self, cuda: Cuda, lane: Lane) -> int:
         """Put the work on a lane's stream; returns a ``CUresult``."""
@@ -132,10 +133,13 @@ class NvidiaPlan(Plan):
 
 
 class KernelPlan(NvidiaPlan):
-    """Many pieces: one start of the kernel."""
+    """Many pieces: one start of the kernel. ``first`` is the flight that uploads the table."""
+
+    engine = Engine.KERNEL
 
     def __init__(self, pieces: Pieces, shape: Shape, function: ctypes.c_void_p, slots: Slots) -> None:
-        super().__init__(pieces.nbytes, Engine.KERNEL, on_host=pieces.from_host or pieces.to_host)
+        super().__init__(pieces)
+        self.first: NvidiaFlight | None = None
         self._function = function
         self._blocks = shape.blocks
         self._slots = slots
@@ -163,8 +167,10 @@ class KernelPlan(NvidiaPlan):
 class CopyPlan(NvidiaPlan):
     """Few large pieces: a copy for each."""
 
+    engine = Engine.COPY
+
     def __init__(self, pieces: Pieces) -> None:
-        super().__init__(pieces.nbytes, Engine.COPY, on_host=pieces.from_host or pieces.to_host)
+        super().__init__(pieces)
         self._copies = [
             (ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(nbytes))
             for source, target, nbytes in pieces.table.tolist()

@@ -81,10 +81,6 @@ class KeptPlans:
         """Let go of plans that name host memory."""
         self._drop(lambda kept: number in kept.segments)
 
-    def clear(self) -> None:
-        """Let go of all."""
-        self._drop(lambda _: True)
-
     def _drop(self, is_named: Callable[[Kept], bool]) -> None:
         for table_id in [table_id for table_id, kept in self._plans.items() if is_named(kept)]:
             self._forget(table_id)

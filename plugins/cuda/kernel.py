@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from xferd.api.errors import Unavailable, Unsupported
-from xferd.plugins.cuda.tables import split_long
+from xferd.plugins.vectored import no_longer_than
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,7 +84,7 @@ def shape(table: NDArray[np.uint64], nbytes: int, processors: int, tuning: Tunin
     longest = int(table[:, 2].max())
     tiles = _tiles(longest, tile)
     if tiles * len(table) > 2 * (nbytes // tile + len(table)) + 1024:
-        table = split_long(table, 8 * tile)  # else most tiles of most pieces would be empty
+        table = no_longer_than(table, 8 * tile)  # else most tiles of most pieces would be empty
         tiles = _tiles(min(longest, 8 * tile), tile)
     work = tiles * len(table)
     blocks = -(-work // WARPS)

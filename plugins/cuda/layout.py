@@ -13,9 +13,14 @@ from __future__ import annotations
 import enum
 import struct
 import threading
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from xferd.api.mapping import map_shared
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 COMMANDS: Final = 256
 """Slots of either queue; the daemon has no more commands under way."""
@@ -83,13 +88,13 @@ class SharedQueues:
 
     Attributes:
         memory: all bytes of it, writable.
-        address: of the first byte in this process.
+        tables: the slots for tables, of ``MAX_ROWS`` rows each.
     """
 
     def __init__(self, fd: int) -> None:
-        self.array = map_shared(fd, TOTAL_NBYTES)
-        self.address = int(self.array.ctypes.data)
-        self.memory: memoryview = self.array.data
+        array = map_shared(fd, TOTAL_NBYTES)
+        self.memory: memoryview = array.data
+        self.tables: NDArray[np.uint64] = array[TABLES_AT:].view(np.uint64).reshape(TABLES, MAX_ROWS, 2)
         self._written = 0
         self._read = 0
         self._fence = threading.Lock()
@@ -137,14 +142,6 @@ class SharedQueues:
         self._publish(at + NUMBER_OF_COMPLETION_AT)
 
     # -- both
-
-    def table_at(self, slot: int) -> int:
-        """Return the byte position of a table slot in the memory."""
-        return TABLES_AT + slot * TABLE_NBYTES
-
-    def close(self) -> None:
-        """Unmap. Twice is fine."""
-        self.memory.release()
 
     def _publish(self, at: int) -> None:
         with self._fence:  # an atomic operation: what was written before is seen before the number, on any machine

@@ -16,10 +16,11 @@ import numpy as np
 import structlog
 
 from xferd.api.errors import Closed, InvalidArgument, NotFound, Stale, Unavailable, XferdError
+from xferd.api.types import DeviceInfo
 from xferd.plugins.base import ALLOCATION_SHIFT
 from xferd.plugins.cuda import control
 from xferd.plugins.cuda.process import CLOSE_TIMEOUT_S, REPLY_TIMEOUT_S, WorkerProcess
-from xferd.plugins.devices import DeviceExport, DeviceFacts
+from xferd.plugins.devices import DeviceExport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -89,7 +90,7 @@ class DeviceManager:
 
     def __init__(self, options: CudaOptions) -> None:
         self._options = options
-        self._facts: dict[int, DeviceFacts] = {}
+        self._facts: dict[int, DeviceInfo] = {}
         self.ready: dict[int, control.Ready] = {}
         """What the first worker of each device said."""
         self._by_uuid: dict[bytes, int] = {}
@@ -138,7 +139,7 @@ class DeviceManager:
         self._segments.clear()
 
     async def _probe(self, index: int) -> None:
-        self._facts[index] = DeviceFacts(index, driver=self._options.driver, reason="not looked at yet")
+        self._facts[index] = DeviceInfo(index, driver=self._options.driver, reason="not looked at yet")
         try:
             ready = (await self.worker(index, SELF)).ready
         except XferdError as error:
@@ -148,7 +149,7 @@ class DeviceManager:
         self.ready[index] = ready
         uuid = bytes.fromhex(ready.device_uuid)
         self._by_uuid[uuid] = index
-        self._facts[index] = DeviceFacts(
+        self._facts[index] = DeviceInfo(
             index, uuid, ready.name, self._options.driver, "", ready.total_nbytes, ready.free_nbytes
         )
         log.info("gpu_ready", device=index, name=ready.name, total_nbytes=ready.total_nbytes)
@@ -169,7 +170,7 @@ class DeviceManager:
         """
         if self._is_closed:
             raise Closed("the GPU backend was closed", remedy="the daemon is stopping")
-        seat = self._seats.setdefault((device, owner), _Seat())
+        seat = self._seat(device, owner)
         if seat.worker is not None and not seat.worker.is_lost:
             return seat.worker
         if seat.starting is None or seat.starting.done():
@@ -178,10 +179,12 @@ class DeviceManager:
             )
         return await asyncio.shield(seat.starting)
 
+    def _seat(self, device: int, owner: str) -> _Seat:
+        return self._seats.setdefault((device, owner), _Seat())
+
     async def _start(self, device: int, owner: str, seat: _Seat) -> WorkerProcess:
-        reason = self.refusal(device) if owner != SELF else ""
-        if reason:
-            raise Unavailable(f"GPU {device} cannot be used: {reason}", remedy="see `xferctl devices`")
+        if owner != SELF:
+            self._check_usable(device)
         worker = WorkerProcess(device, owner, self._options, self._on_end, with_files=self.with_files)
         await worker.start()
         if seat.starts:
@@ -210,7 +213,12 @@ class DeviceManager:
         facts = self._facts.get(device)
         return f"no GPU {device} is configured" if facts is None else facts.reason
 
-    def facts(self) -> tuple[DeviceFacts, ...]:
+    def _check_usable(self, device: int) -> None:
+        reason = self.refusal(device)
+        if reason:
+            raise Unavailable(f"GPU {device} cannot be used: {reason}", remedy="see `xferctl devices`")
+
+    def facts(self) -> tuple[DeviceInfo, ...]:
         """Return what is known of each device, but what the backend counts."""
         found = []
         for index, facts in sorted(self._facts.items()):
@@ -255,8 +263,7 @@ class DeviceManager:
     async def open(self, owner: str, export: DeviceExport) -> tuple[int, int]:
         """Open a client's allocation; see ``DeviceMemory.open``."""
         device = self.device_of(export.device_uuid)
-        seat = self._seats.setdefault((device, owner), _Seat())
-        async with seat.lock:  # the same handle may be registered twice at once
+        async with self._seat(device, owner).lock:  # the same handle may be registered twice at once
             return device, await self._open_once(device, owner, export)
 
     async def _open_once(self, device: int, owner: str, export: DeviceExport) -> int:
@@ -278,10 +285,8 @@ class DeviceManager:
 
     async def allocate(self, device: int, nbytes: int) -> tuple[int, DeviceExport]:
         """Allocate memory of the daemon's own; see ``DeviceMemory.allocate``."""
+        self._check_usable(device)
         worker = await self.worker(device, SELF)
-        reason = self.refusal(device)
-        if reason:
-            raise Unavailable(f"GPU {device} cannot be used: {reason}", remedy="see `xferctl devices`")
         allocation = self.enter(device, SELF, DeviceExport(self._facts[device].device_uuid, nbytes))
         try:
             reply = await worker.request(control.Allocate(allocation.number, nbytes), timeout_s=_time_for(nbytes))
@@ -384,6 +389,13 @@ class DeviceManager:
                 await worker.kill(f"it did not let go of host memory: {error.message}")
         os.close(segment.fd)
 
+    @staticmethod
+    async def _map_in(worker: WorkerProcess, segment: Segment) -> None:
+        if segment.number not in worker.segments:
+            wanted = control.MapHost(segment.number, segment.address, segment.nbytes)
+            await worker.request(wanted, segment.fd, timeout_s=_time_for(segment.nbytes))
+            worker.segments.add(segment.number)
+
     def segments_of(self, rows: NDArray[np.uint64]) -> list[Segment] | None:
         """Return the host memory that (address, nbytes) rows lie in; None where one lies in none that is known."""
         starts, segments = self._sorted
@@ -432,6 +444,18 @@ class DeviceManager:
         event = self._events[number] = Event(number, owner, device, handle)
         return event
 
+    def _event_for(self, worker: WorkerProcess, number: int) -> Event:
+        event = self._events.get(number)
+        if event is None or event.owner != worker.owner:
+            raise NotFound(f"no event {number} of {worker.owner}", remedy="open events in the session that uses them")
+        if event.device != worker.device:
+            raise InvalidArgument(
+                f"event {number} is of GPU {event.device}",
+                limit=f"events of GPU {worker.device}, which moves the bytes",
+                remedy="open one of that GPU",
+            )
+        return event
+
     @staticmethod
     async def _open_event_in(worker: WorkerProcess, event: Event) -> None:
         if event.number in worker.events:
@@ -450,18 +474,6 @@ class DeviceManager:
         segments: Iterable[Segment],
         events: Iterable[int],
     ) -> None:
-        """Tell a worker of what it does not know yet; see ``_provide``."""
-        seat = self._seats.setdefault((worker.device, worker.owner), _Seat())
-        async with seat.lock:  # chunks that miss the same memory come together
-            await self._provide(worker, allocations, segments, events)
-
-    async def _provide(
-        self,
-        worker: WorkerProcess,
-        allocations: Iterable[int],
-        segments: Iterable[Segment],
-        events: Iterable[int],
-    ) -> None:
         """Tell a worker of what it does not know yet.
 
         Raises:
@@ -469,29 +481,16 @@ class DeviceManager:
             InvalidArgument: the process that exported memory has gone.
             DeviceLost: the worker ended.
         """
-        for number in allocations:
-            allocation = self._allocations.get(number)
-            if allocation is None:
-                raise Stale(f"GPU allocation {number} has gone", remedy="register the memory again")
-            await self._open_in(worker, allocation)
-        for segment in segments:
-            if segment.number not in worker.segments:
-                wanted = control.MapHost(segment.number, segment.address, segment.nbytes)
-                await worker.request(wanted, segment.fd, timeout_s=_time_for(segment.nbytes))
-                worker.segments.add(segment.number)
-        for number in events:
-            event = self._events.get(number)
-            if event is None or event.owner != worker.owner:
-                raise NotFound(
-                    f"no event {number} of {worker.owner}", remedy="open events in the session that uses them"
-                )
-            if event.device != worker.device:
-                raise InvalidArgument(
-                    f"event {number} is of GPU {event.device}",
-                    limit=f"events of GPU {worker.device}, which moves the bytes",
-                    remedy="open one of that GPU",
-                )
-            await self._open_event_in(worker, event)
+        async with self._seat(worker.device, worker.owner).lock:  # chunks that miss the same memory come together
+            for number in allocations:
+                allocation = self._allocations.get(number)
+                if allocation is None:
+                    raise Stale(f"GPU allocation {number} has gone", remedy="register the memory again")
+                await self._open_in(worker, allocation)
+            for segment in segments:
+                await self._map_in(worker, segment)
+            for number in events:
+                await self._open_event_in(worker, self._event_for(worker, number))
 
     def check_invariants(self) -> None:
         """Raise AssertionError where the registry does not agree with itself."""

@@ -8,11 +8,10 @@ processes comes by IPC handle, or by file descriptor where it was made by the vi
 from __future__ import annotations
 
 import ctypes
-import itertools
 from dataclasses import dataclass
 from typing import Final
 
-from xferd.api.errors import DeviceLost, InvalidArgument, NotFound, Unavailable, XferdError
+from xferd.api.errors import InvalidArgument, NotFound, Unavailable, XferdError
 from xferd.plugins.cuda import calls
 from xferd.plugins.cuda.calls import LIBRARY, Access, Cuda, Handle, Location, Properties, Uuid
 from xferd.plugins.cuda.control import Ready
@@ -41,7 +40,7 @@ class NvidiaDriver(Driver):
         self._cuda = Cuda(library)
         self._device = ctypes.c_int()
         self._mappings: dict[int, list[_Mapping]] = {}
-        self._events: dict[int, ctypes.c_void_p | None] = {0: None}
+        self._events: list[ctypes.c_void_p | None] = [None]
 
     # -- life
 
@@ -80,16 +79,18 @@ class NvidiaDriver(Driver):
         return Ready(count, bytes(uuid.raw).hex(), text, total.value, self.free_nbytes())
 
     def stop(self) -> None:
-        """Let go of all that was mapped or made here, and of the context."""
+        """Let go of all that was mapped or made here, and of the context.
+
+        Workers end without it, and the driver library takes all back; it is for a process that goes on.
+        """
         cuda = self._cuda
         for address, mappings in list(self._mappings.items()):
             for _ in list(mappings):
                 self.close(address)
         self._slots.close()
         self._lanes.close()
-        for event in self._events.values():
-            if event is not None:
-                cuda.call("cuEventDestroy_v2", event)
+        for event in self._events[1:]:
+            cuda.call("cuEventDestroy_v2", event)
         cuda.call("cuDevicePrimaryCtxRelease_v2", self._device)
 
     def _count(self, device: int) -> int:
@@ -141,7 +142,7 @@ class NvidiaDriver(Driver):
         self._cuda.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value
 
-    def open(self, nbytes: int, handle: bytes, fd: int, device: int) -> int:
+    def open(self, nbytes: int, handle: bytes, fd: int) -> int:
         """Map an allocation by its IPC handle or its file descriptor; of another GPU through peer access."""
         return self._import(nbytes, fd) if fd >= 0 else self._open_handle(nbytes, handle)
 
@@ -180,8 +181,9 @@ class NvidiaDriver(Driver):
             remedy=_EXPORT_AGAIN,
         )
         # What is mapped keeps the allocation; the handle is not needed any more.
-        room = ctypes.c_size_t(-(-nbytes // self._granularity()) * self._granularity())
         try:
+            step = self._granularity()
+            room = ctypes.c_size_t(-(-nbytes // step) * step)
             cuda.call(
                 "cuMemAddressReserve", ctypes.byref(address), room, ctypes.c_size_t(0), ctypes.c_uint64(0), _U64_0
             )
@@ -275,34 +277,20 @@ class NvidiaDriver(Driver):
 
     def lock_host(self, address: int, nbytes: int, *, is_writable: bool) -> None:
         """Register host memory: 50 ms a GiB."""
-        flags = calls.REGISTER_PORTABLE | calls.REGISTER_DEVICEMAP | (0 if is_writable else calls.REGISTER_READ_ONLY)
-        try:
-            self._cuda.call(
-                "cuMemHostRegister_v2",
-                ctypes.c_void_p(address),
-                ctypes.c_size_t(nbytes),
-                flags,
-                about=f"locking {nbytes} bytes of host memory",
-            )
-        except DeviceLost:
-            raise
-        except XferdError as error:
-            raise Unavailable(
-                error.message, remedy="raise LimitMEMLOCK of the unit, or use less host memory"
-            ) from error
+        self._cuda.lock_host(address, nbytes, is_writable=is_writable)
 
     def unlock_host(self, address: int) -> None:
         """Unregister it."""
-        self._cuda.call("cuMemHostUnregister", ctypes.c_void_p(address))
+        self._cuda.unlock_host(address)
 
     # -- moves
 
     def compile(self, pieces: Pieces) -> Plan:
         """Choose copy engines for few large pieces, and the kernel for all else."""
-        tuning, on_host = self._tuning, pieces.from_host or pieces.to_host
-        if tuning.is_for_copy_engines(len(pieces.table), pieces.nbytes, on_host=on_host):
+        tuning = self._tuning
+        if tuning.is_for_copy_engines(len(pieces.table), pieces.nbytes, on_host=pieces.on_host):
             return CopyPlan(pieces)
-        how = shape(pieces.table, pieces.nbytes, self._processors, tuning, on_host=on_host)
+        how = shape(pieces.table, pieces.nbytes, self._processors, tuning, on_host=pieces.on_host)
         return KernelPlan(pieces, how, self._function, self._slots)
 
     def begin(self, plan: Plan, wait_event: int, done_event: int) -> Flight:
@@ -334,9 +322,8 @@ class NvidiaDriver(Driver):
         return self._enter(event), bytes(handle.raw)
 
     def _enter(self, event: ctypes.c_void_p) -> int:
-        number = next(number for number in itertools.count(len(self._events)) if number not in self._events)
-        self._events[number] = event
-        return number
+        self._events.append(event)
+        return len(self._events) - 1
 
 
 _U64_0: Final = ctypes.c_uint64(0)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from xferd.api.spinning import SPIN_ON_MANY_S, has_many_cores
 from xferd.plugins.options import Nbytes, Options, Seconds
 
-MANY_CORES = 8
-"""From so many on a spinning thread takes nothing from those that work."""
-
-SPIN_ON_MANY_S = 2e-3
-"""Longer than 64 MiB take over the bus."""
+SPIN_ON_FEW_S = 200e-6
+"""A worker's where there are few cores; the daemon sleeps there."""
 
 
 class CudaOptions(Options):
@@ -24,7 +21,7 @@ class CudaOptions(Options):
         devices: numbers of the GPUs to use, as the driver counts them; empty takes all that there are.
         spin: how long an idle worker looks for commands without sleeping, and the daemon's event loop, which goes on
             serving others, for its answers; a core each is busy meanwhile. To be woken costs both more than a small
-            move does. "auto" is 2 ms where there are ``MANY_CORES``; else 200 us, by the worker alone.
+            move does. "auto" is 2 ms where there are many cores; else 200 us, by the worker alone.
         command_timeout: the longest that a command may take, beside a second for each GiB; a worker that takes longer
             is killed.
         start_timeout: for a worker to make its context.
@@ -47,15 +44,11 @@ class CudaOptions(Options):
         """How long a worker spins."""
         if self.spin != "auto":
             return self.spin
-        return SPIN_ON_MANY_S if _cores() >= MANY_CORES else 200e-6
+        return SPIN_ON_MANY_S if has_many_cores() else SPIN_ON_FEW_S
 
     @property
     def daemon_spin_s(self) -> float:
         """How long the event loop keeps looking after the last command and the last answer."""
         if self.spin != "auto":
             return self.spin
-        return SPIN_ON_MANY_S if _cores() >= MANY_CORES else 0.0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+        return SPIN_ON_MANY_S if has_many_cores() else 0.0

@@ -15,15 +15,13 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import structlog
 
-from xferd.api.errors import DeviceLost, XferdError
+from xferd.api.errors import DeviceLost, Unavailable, XferdError
 from xferd.plugins.cuda import control
 from xferd.plugins.cuda.layout import (
     COMMANDS,
     NO_TABLE,
-    TABLE_NBYTES,
     TABLES,
     TOTAL_NBYTES,
     Engine,
@@ -157,25 +155,14 @@ class WorkerProcess:
             DeviceLost: it ended without a word, or took too long.
         """
         self._loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._socket = ours
-        memory = os.memfd_create(f"xferd:worker:{self.device}", os.MFD_CLOEXEC)
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._told = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            os.ftruncate(memory, TOTAL_NBYTES)
-            self._queues = SharedQueues(memory)
-            self._slots = [
-                self._queues.array[at : at + TABLE_NBYTES].view(np.uint64).reshape(-1, 2)
-                for at in map(self._queues.table_at, range(TABLES))
-            ]
-            fds = (theirs.fileno(), memory, self._wake, self._told)
-            self._process = self._spawn(fds)
-        finally:
-            theirs.close()
-            os.close(memory)
-        self._pidfd = os.pidfd_open(self._process.pid)
+            self._open()
+        except OSError as exc:
+            raise Unavailable(
+                f"a worker for GPU {self.device} cannot be started: {exc}",
+                limit="RLIMIT_NOFILE and RLIMIT_NPROC",
+                remedy="raise LimitNOFILE= and TasksMax= of the daemon's unit",
+            ) from exc
         self._ended = self._loop.create_future()
         self._reaping = self._loop.create_task(self._reap(), name=f"device worker {self._process.pid}")
         self._loop.add_reader(self._socket.fileno(), self._on_reply)
@@ -194,6 +181,31 @@ class WorkerProcess:
         self.ready = said
         self.free_nbytes = said.free_nbytes
         return said
+
+    def _open(self) -> None:
+        """Make what is shared, and the process, which takes a millisecond or two; where that fails nothing is left."""
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.callback(self._socket.close)
+            theirs.callback(other.close)
+            self._socket.setblocking(False)
+            self._wake = self._eventfd(ours)
+            self._told = self._eventfd(ours)
+            memory = os.memfd_create(f"xferd:worker:{self.device}", os.MFD_CLOEXEC)
+            theirs.callback(os.close, memory)
+            os.ftruncate(memory, TOTAL_NBYTES)
+            self._queues = SharedQueues(memory)
+            fds = (other.fileno(), memory, self._wake, self._told)
+            self._process = subprocess.Popen(self._argv(*fds), stdin=subprocess.DEVNULL, pass_fds=fds)
+            ours.callback(self._process.kill)
+            self._pidfd = os.pidfd_open(self._process.pid)
+            ours.pop_all()
+
+    @staticmethod
+    def _eventfd(stack: contextlib.ExitStack) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stack.callback(os.close, fd)
+        return fd
 
     async def kill(self, reason: str, *, is_wanted: bool = False) -> None:
         """End it now. When this returns it has gone, and with it all that it had mapped. Twice is fine."""
@@ -314,16 +326,12 @@ class WorkerProcess:
                 return None
         return ends[0]
 
-    def forget_table(self, table_id: int) -> None:
-        """Send a table along the next time: the worker does not have it any more."""
-        self._tables.discard(table_id)
-
     def _send(self, command: Command, done: Callable[[Told], None]) -> None:
         rows, others = len(command.source.iov), len(command.target.iov)
         slot = NO_TABLE
         if command.table_id not in self._tables:
             slot = self._free_slots.pop()
-            table = self._slots[slot]
+            table = self._queues.tables[slot]
             table[:rows] = command.source.iov
             table[rows : rows + others] = command.target.iov
             if command.table_id:
@@ -396,7 +404,7 @@ class WorkerProcess:
             if pending.table_slot != NO_TABLE:
                 self._free_slots.append(pending.table_slot)
             if outcome != Outcome.DONE and pending.table_id:
-                self._tables.discard(pending.table_id)  # what did not move may not have been kept
+                self._tables.discard(pending.table_id)  # sent along the next time: it was not kept, or is no more
             pending.done(Told(Outcome(outcome), nbytes, device_ns, Engine(engine), text))
 
     def _check_deadlines(self) -> None:
@@ -458,10 +466,6 @@ class WorkerProcess:
     def _told_lost(self) -> Told:
         assert self._lost is not None
         return Told(Outcome.FAILED, 0, 0, Engine.NONE, self._lost.message, self._lost)
-
-    def _spawn(self, fds: tuple[int, int, int, int]) -> subprocess.Popen[bytes]:
-        """Start the process, which takes a millisecond or two; its end is told by its pidfd."""
-        return subprocess.Popen(self._argv(*fds), stdin=subprocess.DEVNULL, pass_fds=fds)
 
     def _argv(self, theirs: int, memory: int, wake: int, told: int) -> list[str]:
         options = self._options

@@ -1,6 +1,6 @@
 """What a device worker does when it is asked over its socket: memory, events, facts.
 
-Rare, and synchronous: a command that comes meanwhile waits. ``worker.py`` is the loop.
+Rare, and synchronous: a command that comes meanwhile waits. ``loop.py`` is the loop.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Requests:
         match message:
             case control.Open():
                 self._close(message.allocation)  # a number that is given anew
-                address = self._driver.open(message.nbytes, _bytes_of(message.handle), fd, message.device)
+                address = self._driver.open(message.nbytes, _bytes_of(message.handle), fd)
                 self._enter(message.allocation, address, message.nbytes)
             case control.Allocate():
                 self._close(message.allocation)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 @dataclass(slots=True, eq=False)
 class _Memory:
     array: NDArray[np.uint8]
-    nbytes: int
     fd: int = -1  # of memory of our own, so that others can open it
 
 
@@ -45,7 +44,7 @@ class SimulatedDriver(Driver):
         self._faults = faults
         self._memory: dict[int, _Memory] = {}
         self._allocated_nbytes = 0
-        self._locked: dict[int, int] = {}
+        self._locked: set[int] = set()
         self._events: dict[int, SimulatedEvent] = {}
         self._moves = 0
         self._copier = Copier(faults.delay)
@@ -69,23 +68,13 @@ class SimulatedDriver(Driver):
             self.free_nbytes(),
         )
 
-    def stop(self) -> None:
-        """End the thread and unmap everything."""
-        if self._copier.is_alive():
-            self._copier.stop()
-        for address in list(self._memory):
-            self.close(address)
-        for event in self._events.values():
-            os.close(event.fd)
-        self._events.clear()
-
     # -- memory
 
     def free_nbytes(self) -> int:
         """Return what this process has not allocated."""
         return self._nbytes - self._allocated_nbytes
 
-    def open(self, nbytes: int, handle: bytes, fd: int, device: int) -> int:
+    def open(self, nbytes: int, handle: bytes, fd: int) -> int:
         """Map another process's memfd."""
         if fd >= 0:
             found = os.fstat(fd).st_size
@@ -108,7 +97,7 @@ class SimulatedDriver(Driver):
         except OSError as exc:
             raise InvalidArgument(f"the allocation cannot be mapped: {exc.strerror}") from exc
         address = int(array.ctypes.data)
-        self._memory[address] = _Memory(array, nbytes)
+        self._memory[address] = _Memory(array)
         return address
 
     def allocate(self, nbytes: int) -> tuple[int, bytes]:
@@ -127,7 +116,7 @@ class SimulatedDriver(Driver):
             os.close(fd)
             raise PoolExhausted(f"{nbytes} bytes of host memory: {exc.strerror}", remedy="use less") from exc
         address = int(array.ctypes.data)
-        self._memory[address] = _Memory(array, nbytes, fd)
+        self._memory[address] = _Memory(array, fd)
         self._allocated_nbytes += nbytes
         return address, handles.export_fd(fd, nbytes)
 
@@ -136,7 +125,7 @@ class SimulatedDriver(Driver):
         memory = self._memory.pop(address)
         if memory.fd >= 0:
             os.close(memory.fd)
-            self._allocated_nbytes -= memory.nbytes
+            self._allocated_nbytes -= memory.array.nbytes
 
     def wipe(self, address: int, nbytes: int) -> None:
         """Fill with zeros."""
@@ -144,11 +133,11 @@ class SimulatedDriver(Driver):
 
     def lock_host(self, address: int, nbytes: int, *, is_writable: bool) -> None:
         """Note it: host memory is within reach as it is."""
-        self._locked[address] = nbytes
+        self._locked.add(address)
 
     def unlock_host(self, address: int) -> None:
         """Forget it."""
-        del self._locked[address]
+        self._locked.remove(address)
 
     # -- moves
 
@@ -191,16 +180,18 @@ class SimulatedDriver(Driver):
     def open_event(self, handle: bytes) -> int:
         """Map another process's event."""
         fd, _ = handles.open_handle(handle, handles.EVENT_MAGIC)
-        return self._enter_event(fd)
+        try:
+            return self._enter_event(fd)
+        finally:
+            os.close(fd)
 
     def make_event(self) -> tuple[int, bytes]:
-        """Make an event."""
+        """Make an event, whose fd stays open for others."""
         fd = os.memfd_create("xferd:event", os.MFD_CLOEXEC)
         os.ftruncate(fd, handles.EVENT_NBYTES)
         return self._enter_event(fd), handles.export_fd(fd, handles.EVENT_NBYTES, handles.EVENT_MAGIC)
 
     def _enter_event(self, fd: int) -> int:
-        event = SimulatedEvent(map_shared(fd, handles.EVENT_NBYTES).data, fd)
         number = len(self._events) + 1
-        self._events[number] = event
+        self._events[number] = SimulatedEvent(map_shared(fd, handles.EVENT_NBYTES).data)
         return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -12,7 +13,7 @@ import numpy as np
 from xferd.api import simulated as handles
 from xferd.api.errors import XferdError
 from xferd.plugins import vectored
-from xferd.plugins.cuda.driver import Flight, Pieces, Plan
+from xferd.plugins.cuda.driver import Pieces, Plan, ThreadFlight
 from xferd.plugins.cuda.layout import Engine
 
 KERNEL_PIECES = 8
@@ -24,10 +25,9 @@ _EVENT_STEP_S = 50e-6
 
 @dataclass(slots=True, eq=False)
 class SimulatedEvent:
-    """An event's page, as ``api/simulated.py`` has it; ``fd`` is ours."""
+    """An event's page, as ``api/simulated.py`` has it."""
 
     page: memoryview
-    fd: int
 
     @property
     def recorded(self) -> int:
@@ -60,28 +60,16 @@ class SimulatedPlan(Plan):
         self.target = np.ascontiguousarray(pieces.table[:, [1, 2]])
 
 
-class SimulatedFlight(Flight):
-    """A move; ``end`` is set by the copier, last of all. With an ``error`` nothing is moved."""
+class SimulatedFlight(ThreadFlight):
+    """A move by the copier. With an ``error`` from the start nothing is moved."""
 
     def __init__(
         self, plan: SimulatedPlan, wait: tuple[SimulatedEvent, int] | None, done: tuple[SimulatedEvent, int] | None
     ) -> None:
+        super().__init__()
         self.plan = plan
         self.wait = wait
         self.done = done
-        self.error: XferdError | None = None
-        self.taken_ns = 0
-        self.end = False
-
-    def is_done(self) -> bool:
-        """Whether the copier has ended with it."""
-        if self.end and self.error is not None:
-            raise self.error
-        return self.end
-
-    def device_ns(self) -> int:
-        """Return how long the copier was at it."""
-        return self.taken_ns
 
 
 class Copier(threading.Thread):
@@ -89,28 +77,18 @@ class Copier(threading.Thread):
 
     def __init__(self, delay_s: float) -> None:
         super().__init__(name="simulated device", daemon=True)
-        self.flights: queue.SimpleQueue[SimulatedFlight | None] = queue.SimpleQueue()
+        self.flights: queue.SimpleQueue[SimulatedFlight] = queue.SimpleQueue()
         self._delay_s = delay_s
 
     def run(self) -> None:
-        """Move until ``stop``."""
+        """Move until the process ends."""
         held: list[SimulatedFlight] = []
         while True:
-            try:
-                flight = self.flights.get(timeout=_EVENT_STEP_S if held else None)
-                if flight is None:
-                    return
-                held.append(flight)
-            except queue.Empty:
-                pass
+            with contextlib.suppress(queue.Empty):
+                held.append(self.flights.get(timeout=_EVENT_STEP_S if held else None))
             for one in [one for one in held if one.wait is None or one.wait[0].is_reached(one.wait[1])]:
                 held.remove(one)
                 self._fly(one)
-
-    def stop(self) -> None:
-        """End after what is under way."""
-        self.flights.put(None)
-        self.join()
 
     def _fly(self, flight: SimulatedFlight) -> None:
         begun = time.perf_counter_ns()

@@ -2,7 +2,8 @@
 
 All of it is numpy over whole columns. Positions of GPU memory are translated by one lookup in a dense table, daemon
 addresses of host memory by one search over what is mapped; both tables hold what is added to a position, so that a
-translation is an addition. Kept tables are ``kept.py``; moving is the driver's.
+translation is an addition. Offsets in a file mean the same everywhere. Kept tables are ``kept.py``; moving is the
+driver's.
 """
 
 from __future__ import annotations
@@ -133,13 +134,15 @@ class Places:
     # -- translation
 
     def translate(self, side: int, rows: NDArray[np.uint64]) -> Translated:
-        """Return rows (position, nbytes), of which there is at least one, as addresses of this process.
+        """Return rows (position, nbytes), of which there is at least one, as addresses of this process or file offsets.
 
         Raises:
             Missing: a row begins in nothing that is mapped.
             OutOfBounds: a row ends past the end of GPU memory that is mapped.
             XferdError: host memory cannot be locked.
         """
+        if side == Side.FILE:
+            return Translated(rows[:, 0], np.ascontiguousarray(rows[:, 1]), np.empty(0, dtype=np.int64))
         return self._host(rows) if side == Side.HOST else self._device(rows)
 
     def _device(self, rows: NDArray[np.uint64]) -> Translated:
@@ -223,19 +226,3 @@ def _merged(table: NDArray[np.uint64]) -> NDArray[np.uint64]:
     merged = table[starts]
     merged[:, 2] = np.add.reduceat(table[:, 2], starts)
     return merged
-
-
-def split_long(table: NDArray[np.uint64], limit_nbytes: int) -> NDArray[np.uint64]:
-    """Cut pieces into parts of at most ``limit_nbytes``, in order; returns the table itself where none is longer."""
-    limit = np.uint64(limit_nbytes)
-    counts = (table[:, 2] + (limit - np.uint64(1))) // limit
-    total = int(counts.sum())
-    if total == len(table):
-        return table
-    parts = np.repeat(table, counts.astype(np.int64), axis=0)
-    first = np.repeat(np.cumsum(counts) - counts, counts.astype(np.int64))
-    skip = (np.arange(total, dtype=U64) - first) * limit
-    parts[:, 0] += skip
-    parts[:, 1] += skip
-    parts[:, 2] = np.minimum(parts[:, 2] - skip, limit)
-    return parts

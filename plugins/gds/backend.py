@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from xferd.api.errors import ConfigError, Unsupported
-from xferd.plugins.base import DeviceSpace, SlotClass, SpaceKind
-from xferd.plugins.cuda.backend import CudaBackend
+from xferd.plugins.base import SlotClass, SpaceKind
+from xferd.plugins.cuda.backend import CudaBackend, device_of
 from xferd.plugins.decorator import BackendDecorator
 from xferd.plugins.movers import MoveCounter
 from xferd.plugins.options import Options
@@ -70,7 +70,7 @@ class GdsBackend(BackendDecorator):
         """Return why not; also where the workers have no library for it."""
         if (source.kind, target.kind) not in _PAIRS:
             return f"cannot move {source.kind.value} to {target.kind.value}"
-        device = _device_of(source, target)
+        device = device_of(source, target)
         reason = self.cuda.manager.refusal(device)
         if reason:
             return f"GPU {device}: {reason}"
@@ -79,7 +79,7 @@ class GdsBackend(BackendDecorator):
 
     def manner(self, source: Space, target: Space) -> str:
         """Say which way the bytes go: past host memory, or through it."""
-        ready = self._ready(_device_of(source, target))
+        ready = self._ready(device_of(source, target))
         return "" if ready is None else ready.file_manner
 
     def estimate_s(self, source: Space, target: Space, nbytes: int, pieces: int) -> float:
@@ -117,13 +117,6 @@ class GdsBackend(BackendDecorator):
 
     def _ready(self, device: int) -> Ready | None:
         return self.cuda.manager.ready.get(device)
-
-
-def _device_of(source: Space, target: Space) -> int:
-    for space in (source, target):
-        if isinstance(space, DeviceSpace):
-            return space.device
-    return -1
 
 
 def _why_not(ready: Ready | None) -> str:

@@ -48,12 +48,11 @@ def compile_copy(
         return None
     if len(source) == len(target) == 1 and nbytes <= MAX_NBYTES:
         return _one(int(target[0, 0]), int(source[0, 0]), nbytes, counter)
-    if is_native:
-        return _counted(copier.made(source, target), nbytes, counter)
-    return _several(_pieces(source, target), nbytes, counter)
+    call = copier.made(source, target) if is_native else _several(_pieces(source, target))
+    return _counted(call, nbytes, counter)
 
 
-def _counted(call: Callable[[], int], nbytes: int, counter: MoveCounter) -> Callable[[], int]:
+def _counted(call: Callable[[], object], nbytes: int, counter: MoveCounter) -> Callable[[], int]:
     def copy() -> int:
         call()
         counter.chunks += 1
@@ -75,15 +74,12 @@ def _one(place: int, start: int, nbytes: int, counter: MoveCounter) -> Callable[
     return copy
 
 
-def _several(pieces: list[tuple[int, int, int]], nbytes: int, counter: MoveCounter) -> Callable[[], int]:
+def _several(pieces: list[tuple[int, int, int]]) -> Callable[[], None]:
     views = [(MEMORY[place : place + size], MEMORY[start : start + size]) for place, start, size in pieces]
 
-    def copy() -> int:
+    def copy() -> None:
         for target, source in views:
             target[:] = source
-        counter.chunks += 1
-        counter.moved_nbytes += nbytes
-        return nbytes
 
     return copy
 

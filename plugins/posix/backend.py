@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from xferd.plugins.base import BackendStatistics, BlockSums, Chunk, Extent, LegScope, Space
     from xferd.plugins.posix.native import Native
 
-# Measured in the page cache: preadv 4.8 GB/s, pwrite 6 to 8 GB/s with two to four threads; requests of 4 KiB by
-# io_uring 1.7 us each. A disk is slower; the engine learns that from the first transfers.
+# Assumed of the page cache, by calls, until chunks were timed. A disk is slower; the engine learns that from the first
+# transfers.
 _START_S = 20e-6
 _PIECE_S = 1e-6
 _NBYTES_PER_S = 4.8e9

@@ -125,9 +125,11 @@ FILES = (
 @pytest.mark.usefixtures("nothing_left")
 def test_files_storage_pools_and_objects_are_measured_and_verified():
     """Objects of one request and of several parts; what cannot be here is refused with the reason."""
-    xferd = Xferd(FILES, Store(), ["backends.object.part=5MiB"])
+    xferd = Xferd(FILES, Store())
     able = [case for case in FILES if not xferd.refusal(case)]
-    rows, _ = run(FILES, systems_for(FILES, ["preadv", "obstore"], settings=["backends.object.part=5MiB"]), BRIEF)
+    settings = ["backends.object.part=5MiB"]
+    rows, record = run(FILES, systems_for(FILES, ["preadv", "obstore"], settings=settings), BRIEF)
+    assert record["systems"]["xferd"]["configuration"] == settings
     own = {row.case: row for row in rows if row.system == "xferd"}
     assert len(able) >= 6
     assert set(own) == set(able)

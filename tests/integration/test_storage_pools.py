@@ -232,9 +232,10 @@ def test_an_operator_frees_what_an_agent_left_behind_and_nothing_that_is_in_use(
 
 
 def test_what_a_storage_pool_cannot_do_is_said(make_daemon, disk):
-    daemon = make_daemon("a", tcp=False, settings=(pool_setting(disk, slab_nbytes="1MiB"),))
+    host = 'pools=[{name="big", nbytes="16MiB"}]'
+    daemon = make_daemon("a", tcp=False, settings=(pool_setting(disk, slab_nbytes="1MiB"), host))
     with attach(daemon) as client:
-        with pytest.raises(Unsupported, match="storage_pools"):
+        with pytest.raises(Unsupported, match=r"pool 'big'.*storage_pools"):
             client.allocate(4096, persistent=True)
         with pytest.raises(PoolExhausted, match="slab_nbytes"):
             client.allocate(2 * MIB, "ssd")

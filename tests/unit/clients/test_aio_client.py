@@ -220,6 +220,9 @@ async def test_estimate_explain_hold(client):
     assert (await held.post(wait_s=5)).state is TransferState.DONE
     assert (await client.estimate("READ", a, b)).duration_s >= 0
     assert (await client.explain("READ", a, b)).total_nbytes == 4096
+    for call in (client.read(a, b, bakend="local"), client.explain("READ", a, b, bakend="local")):
+        with pytest.raises(TypeError, match=r"'bakend'.*backend, cause_id"):
+            await call
 
 
 async def test_notifications_are_awaited(daemon, client):

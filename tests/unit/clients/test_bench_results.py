@@ -11,7 +11,17 @@ import pytest
 from xferd.api.errors import InvalidArgument
 from xferd.clients.bench._app import report
 from xferd.clients.bench._cases import ECHO, Case, Place
-from xferd.clients.bench._documents import BEGIN, END, document, findings, peer_settings, rewrite, section, write_csv
+from xferd.clients.bench._documents import (
+    BEGIN,
+    END,
+    document,
+    findings,
+    peer_settings,
+    rewrite,
+    section,
+    write_csv,
+    write_json,
+)
 from xferd.clients.bench._options import parser
 from xferd.clients.bench._pace import Pace
 from xferd.clients.bench._plot import as_lines, plot
@@ -141,6 +151,14 @@ def test_csv_has_a_line_for_each_row_and_a_column_for_each_ratio(tmp_path):
     assert float(lines[0]["p50_us"]) == pytest.approx(20_000)
     with pytest.raises(InvalidArgument, match="cannot be written"):
         write_csv(rows, tmp_path / "missing" / "rows.csv")
+
+
+def test_the_document_is_saved_as_it_is_printed(tmp_path):
+    rows = make_rows([series("xferd", LOCAL, [0.02])])
+    write_json(rows, ENVIRONMENT, tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == json.loads(json.dumps(document(rows, ENVIRONMENT)))
+    with pytest.raises(InvalidArgument, match="cannot be written"):
+        write_json(rows, ENVIRONMENT, tmp_path / "missing" / "rows.json")
 
 
 def test_tables_have_no_empty_columns():

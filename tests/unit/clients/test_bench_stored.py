@@ -8,12 +8,15 @@ import pytest
 
 from xferd.api.errors import InvalidArgument
 from xferd.clients.bench._cases import HOST_KINDS, KIB, KINDS, MIB, Case, Place
-from xferd.clients.bench._fio import depth_of
+from xferd.clients.bench._fio import Fio, depth_of
 from xferd.clients.bench._flows import kinds_of, regions_for
 from xferd.clients.bench._kinds import KINDS as TABLE, kind_of, region_name
-from xferd.clients.bench._standard import choose, named_cases, references, standard_cases
+from xferd.clients.bench._nixl import NixlPosix
+from xferd.clients.bench._plan import stand_in_for
+from xferd.clients.bench._preadv import Preadv
+from xferd.clients.bench._standard import choose, named_cases, references, standard_cases, with_references
 from xferd.clients.bench._store import Store
-from xferd.clients.bench._systems import NAMES, missing
+from xferd.clients.bench._systems import NAMES, missing, systems_for
 from xferd.clients.bench._xferd import Xferd
 
 READ = Case(Place.LOCAL, "READ", MIB, 64, src="OBJECT", control="ring")
@@ -67,6 +70,16 @@ def test_fio_has_as_many_requests_at_once_as_a_daemon(block, batch, order, depth
     assert depth_of(Case(Place.LOCAL, "READ", block, batch, src="FILE_DIRECT", order=order)) == depth
 
 
+def test_what_moves_the_other_way_is_no_files_case():
+    """A WRITE takes bytes from the initiator: fio would write where xferd reads."""
+    systems = Fio(), Preadv(0), NixlPosix(0)
+    for op, src, dst in (("WRITE", "FILE", "DRAM"), ("READ", "DRAM", "FILE"), ("READ", "FILE", "FILE")):
+        case = Case(Place.LOCAL, op, KIB, 1, src=src, dst=dst)
+        assert all(system.refusal(case).startswith("it moves") for system in systems), case.name
+    taken = Case(Place.LOCAL, "READ", KIB, 1, src="FILE"), Case(Place.LOCAL, "WRITE", KIB, 1, dst="FILE")
+    assert not any(system.refusal(case).startswith("it moves") for system in systems for case in taken)
+
+
 @pytest.mark.parametrize("text", ["", "s3://x", "endpoint=http://x", "url=", "url=s3://b,region"])
 def test_stores_that_make_no_sense(text):
     with pytest.raises(InvalidArgument, match="no store"):
@@ -79,6 +92,23 @@ def test_given_store_is_told_to_the_daemons():
             "backends.object.stores.bench.url=s3://b/p",
             "backends.object.stores.bench.endpoint=http://h:1",
         ]
+
+
+def test_blocks_in_order_go_to_systems_that_know_them():
+    case = Case(Place.LOCAL, "READ", KIB, 8, src="FILE", order="sequential", control="ring")
+    twin = stand_in_for(Preadv(0), case)
+    assert isinstance(twin, Case)
+    assert twin.order == "sequential"
+    assert "with random blocks" in str(stand_in_for(NixlPosix(0), case))
+
+
+def test_a_large_case_of_another_system_takes_no_memory():
+    small = Case(Place.LOCAL, "READ", 4 * KIB, 16, src="FILE", control="ring")
+    large = Case(Place.LOCAL, "READ", MIB, 1024, src="FILE_DIRECT", order="sequential", control="ring")
+    preadv, memcpy, _ = systems_for(with_references([small, large]), ["preadv", "memcpy"])
+    [alone] = systems_for(with_references([small]), ["preadv"])[:-1]
+    assert preadv._region_nbytes == alone._region_nbytes == 256 * MIB, "as memcpy has for what it is held against"
+    assert memcpy._region_nbytes == 1024 * MIB
 
 
 def test_every_system_says_whether_it_is_there():

@@ -117,6 +117,15 @@ class Library:
         assert flags == 6
         out.value = 0x77
 
+    def _cuEventRecord(self, *_: object) -> None:
+        assert self.contexts == [1010], "needs a context of the event's device"
+
+    def _cuStreamWaitEvent(self, *_: object) -> None:
+        self._cuEventRecord()
+
+    def _cuEventDestroy_v2(self, *_: object) -> None:
+        self._cuEventRecord()
+
 
 def span(offset: int = 256, nbytes: int = 4096) -> DeviceSpan:
     return DeviceSpan("cuda", BASE + offset, nbytes, True, None)
@@ -149,6 +158,7 @@ def test_vmm_memory_goes_by_fd_and_its_handle_is_let_go():
     ("attributes", "changes", "says", "remedy"),
     [
         ({10: 0}, {"handle_types": 0}, "without file descriptors", "expandable_segments:False"),
+        ({10: 0}, {"handle_types": 8}, "without file descriptors", "expandable_segments:False"),
         ({10: 0, 17: 123}, {}, "cudaMallocAsync", "PYTORCH_CUDA_ALLOC_CONF=backend:native"),
         ({8: 1}, {}, "managed memory", "cudaMalloc"),
     ],

@@ -195,6 +195,16 @@ def test_a_byte_offset_counts(version):
     assert dlpack.read(capsule).address == array.ctypes.data + 24
 
 
+def test_lanes_count_and_a_version_to_come_is_refused():
+    capsule = np.zeros(64, np.uint8).__dlpack__(max_version=(1, 0))
+    told = dlpack._ManagedVersioned.from_address(dlpack._capsule_pointer(capsule, b"dltensor_versioned"))
+    told.tensor.lanes = 2
+    assert dlpack.read(capsule).nbytes == 128
+    told.major = 2
+    with pytest.raises(InvalidArgument, match="version 2"):
+        dlpack.read(capsule)
+
+
 # -- arrays of ours
 
 
@@ -285,6 +295,13 @@ def test_memory_of_a_gpu_has_the_interface_of_cuda_and_not_that_of_numpy():
 )
 def test_elements_fit_the_region(dtype, shape, found):
     assert element_shape(64, dtype, shape).shape == found
+
+
+@pytest.mark.parametrize("dtype", [">f4", "M8[s]"])
+def test_elements_that_dlpack_has_not_are_not_given(dtype):
+    ours = CudaArray(4096, (dlpack.CUDA, 0), element_shape(64, dtype, None), None, is_read_only=False)
+    with pytest.raises(BufferError, match="DLPack has no"):
+        ours.__dlpack__(max_version=(1, 0))
 
 
 def test_elements_that_do_not_fit_are_refused():
@@ -397,6 +414,17 @@ def test_two_of_one_region_can_be_freed_at_once():
         assert last == [5]
 
 
+def test_memory_that_two_threads_registered_at_once_is_found_until_the_first_region_is_freed():
+    book, buffer = DeviceBook(), SimulatedBuffer(4096)
+    for number in (5, 6):
+        book.add(want(buffer), record(number))
+    with book.freeing([RegionId(6)]) as last:
+        assert last == [6]
+    again = book.again(want(buffer).key)
+    assert again is not None
+    assert again.id == 5
+
+
 def test_what_could_not_be_freed_is_registered_still():
     book, buffer = DeviceBook(), SimulatedBuffer(4096)
     book.add(want(buffer), record(5))
@@ -417,7 +445,12 @@ def test_what_could_not_be_freed_is_registered_still():
 def test_registered_memory_lives_until_it_is_freed_or_the_session_ends(open_fds):
     before = open_fds()
     book = DeviceBook()
-    for end in (lambda: book.forget([RegionId(5)]), book.clear):
+
+    def freed() -> None:
+        with book.freeing([RegionId(5)]) as last:
+            assert last == [5]
+
+    for end in (freed, book.clear):
         book.add(want(SimulatedBuffer(4096)), record(5))
         assert open_fds() != before
         end()
@@ -508,8 +541,9 @@ def test_an_event_is_made_on_the_device_in_use_or_on_the_one_that_is_named():
     assert wanted.handle[:4] == simulated.EVENT_MAGIC
     with pytest.raises(NotFound, match="device 9"):
         device_regions.wanted_event(devices, None, 9)
-    with pytest.raises(NotFound, match="this thread"):
-        device_regions.wanted_event([], None, None)
+    for none in ([], [gpu(7, simulated.device_uuid(0), "no longer there")]):
+        with pytest.raises(NotFound, match="this thread"):
+            device_regions.wanted_event(none, None, None)
 
 
 def test_events_of_other_libraries_are_known_by_what_they_have():

@@ -180,6 +180,14 @@ def test_a_refusal_is_raised_and_nothing_else_happens(stub, ring):
     assert not ring._ring.asks
 
 
+def test_an_option_that_no_transfer_knows_is_refused_and_not_sent(stub, ring):
+    with pytest.raises(TypeError, match=r"'bakend'.*backend, cause_id"):
+        ring.run(READ, LOCAL, REMOTE, {"bakend": "local"})
+    with pytest.raises(TypeError, match=r"'bakend', 'tmeout'"):
+        ring.start("READ", LOCAL, REMOTE, {"verify": True, "tmeout": 1.0, "bakend": ""}, hold=False, wait_s=0.0)
+    assert stub.take() == []
+
+
 def test_posts_go_with_one_doorbell_and_the_first_refusal_is_raised(stub, ring):
     def answer(stub: RingStub, entry: tuple[int, ...]) -> None:
         if entry[1] == POST and entry[6] == 0x1003:
@@ -207,23 +215,23 @@ def test_a_running_transfer_is_not_posted(stub, ring):
         assert len(server.seen) == 1
 
 
+def late(stub: RingStub, entry: tuple[int, ...]) -> None:
+    """Say nothing of a post's acceptance; refuse the second transfer's when nobody waits for it any more."""
+    if entry[1] == POST:
+        assert not entry[4] & 2
+        if entry[6] == 0x1002:
+            time.sleep(0.05)  # longer than it is waited for
+            stub.tell(entry[0], Kind.REFUSED, detail=wire.error_to_detail(Stale("gone")).SerializeToString())
+    elif entry[1] == CANCEL:
+        assert entry[6] == 0
+        stub.tell(entry[0], Kind.REFUSED, detail=wire.error_to_detail(NotFound("none")).SerializeToString())
+    else:
+        done(stub, entry)
+
+
 def test_a_post_that_waits_is_not_told_of_its_acceptance_and_asks_for_it_when_its_time_is_over(stub, ring):
     """A refusal would have come before the answer to what was submitted later."""
-    refusal = wire.error_to_detail(Stale("gone")).SerializeToString()
-
-    def answer(stub: RingStub, entry: tuple[int, ...]) -> None:
-        if entry[1] == POST:
-            assert not entry[4] & 2
-            if entry[6] == 0x1002:
-                time.sleep(0.05)  # longer than it is waited for
-                stub.tell(entry[0], Kind.REFUSED, detail=refusal)
-        elif entry[1] == CANCEL:
-            assert entry[6] == 0
-            stub.tell(entry[0], Kind.REFUSED, detail=wire.error_to_detail(NotFound("none")).SerializeToString())
-        else:
-            done(stub, entry)
-
-    with Server(stub, answer) as server:
+    with Server(stub, late) as server:
         first, second = (TransferBase(ring.start("READ", LOCAL, REMOTE, {}, hold=True, wait_s=0.0)) for _ in range(2))
         track = ring.post(first, 0.01)
         assert track.status.state is t.TransferState.POSTED
@@ -373,6 +381,15 @@ async def test_tasks_share_a_doorbell_and_get_their_own_answers(stub):
         assert [int(track.id, 16) for track in tracks] == list(range(1, 11))
 
 
+async def test_an_option_that_no_transfer_knows_is_refused_on_a_loop_too(stub):
+    async with on_loop(stub) as ring:
+        with pytest.raises(TypeError, match=r"'bakend'.*backend, cause_id"):
+            await ring.run(READ, LOCAL, REMOTE, {"bakend": "local"})
+        with pytest.raises(TypeError, match="'bakend'"):
+            await ring.start("READ", LOCAL, REMOTE, {"bakend": "local"}, hold=True, wait_s=0.0)
+        assert stub.take() == []
+
+
 async def test_more_tasks_than_slots_are_served_in_their_order(stub):
     with Server(stub, done) as server:
         async with on_loop(stub) as ring:
@@ -381,6 +398,19 @@ async def test_more_tasks_than_slots_are_served_in_their_order(stub):
             )
     assert len({track.id for track in tracks}) == 100
     assert [entry[5] for entry in server.seen] == list(range(1, 101))
+
+
+async def test_a_post_that_waits_on_a_loop_asks_for_its_acceptance_when_its_time_is_over(stub):
+    with Server(stub, late) as server:
+        async with on_loop(stub) as ring:
+            first, second = [
+                TransferBase(await ring.start("READ", LOCAL, REMOTE, {}, hold=True, wait_s=0.0)) for _ in range(2)
+            ]
+            track = await ring.post(first, 0.01)
+            assert track.status.state is t.TransferState.POSTED
+            assert [entry[1] for entry in server.seen[2:]] == [POST, CANCEL]
+            with pytest.raises(Stale, match="gone"):
+                await ring.post(second, 0.01)
 
 
 async def test_a_cancelled_wait_leaves_the_rest_alone(stub):

@@ -6,7 +6,8 @@ import asyncio
 import itertools
 
 from xferd.api.errors import DeviceLost, NotFound, PoolExhausted
-from xferd.plugins.devices import DeviceExport, DeviceFacts, DeviceMemory
+from xferd.api.types import DeviceInfo
+from xferd.plugins.devices import DeviceExport, DeviceMemory
 
 UUID = b"fake GPU number0"
 
@@ -27,8 +28,8 @@ class FakeDevices(DeviceMemory):
         self.gate.set()
         self._numbers = itertools.count(1)
 
-    def facts(self) -> tuple[DeviceFacts, ...]:
-        return (DeviceFacts(0, UUID, "fake", "simulated", total_nbytes=self.nbytes),)
+    def facts(self) -> tuple[DeviceInfo, ...]:
+        return (DeviceInfo(0, UUID, "fake", "simulated", total_nbytes=self.nbytes),)
 
     async def open(self, owner: str, export: DeviceExport) -> tuple[int, int]:
         await self.gate.wait()

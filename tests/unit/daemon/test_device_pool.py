@@ -113,6 +113,17 @@ async def test_a_lost_pool_is_made_anew_under_another_number_and_the_old_one_end
     assert pool.info().peak_used_nbytes == 16 * PAGE
 
 
+async def test_what_a_lost_pool_had_counts_on() -> None:
+    pool, memory = await made()
+    await pool.allocate_group([8 * PAGE])
+    with pytest.raises(PoolExhausted):
+        await pool.allocate_group([9 * PAGE])
+    memory.lose()
+    await pool.allocate_group([PAGE])
+    info = pool.info()
+    assert (info.used_nbytes, info.peak_used_nbytes, info.failed_allocations) == (PAGE, 8 * PAGE, 1)
+
+
 async def test_a_pool_that_is_lost_while_it_is_freed_gives_nothing_back() -> None:
     pool, memory = await made()
     backings = await pool.allocate_group([PAGE])
@@ -130,7 +141,12 @@ async def test_a_pool_that_is_lost_while_it_is_freed_gives_nothing_back() -> Non
 async def test_several_that_find_it_lost_make_one_new_pool() -> None:
     pool, memory = await made()
     memory.lose()
-    await asyncio.gather(*(pool.allocate_group([PAGE]) for _ in range(4)))
+    memory.gate.clear()  # the new one is being wiped while the others ask
+    asking = asyncio.gather(*(pool.allocate_group([PAGE]) for _ in range(4)))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    memory.gate.set()
+    await asking
     assert len(memory.memory) == 2
     assert memory.open_allocations == {2}
 

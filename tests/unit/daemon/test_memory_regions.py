@@ -302,6 +302,23 @@ def test_what_was_held_is_held_again_without_a_look(table: RegionTable) -> None:
     table.remove(ALICE, [one, *more])
 
 
+def test_what_is_held_again_counts_beside_others_and_since_now() -> None:
+    now = 5.0
+    table = RegionTable("n", 1, 8, clock=lambda: now)
+    held = add(table).id
+    table.hold([held], "t1", "moves", OWNER, write=False)
+    standing = table.standing("t1")
+    table.hold([held], "t2", "moves", OWNER, write=False)
+    table.release("t1")
+    now = 7.0
+    assert table.hold_again(standing)
+    assert [(hold.owner, hold.since) for hold in table.holds()] == [("t2", 5.0), ("t1", 7.0)]
+    table.release("t1")
+    with pytest.raises(Busy, match="held by t2"):
+        table.remove(ALICE, [held])
+    table.check_invariants()
+
+
 @pytest.mark.parametrize("change", ["freed", "given", "retired"])
 def test_what_has_changed_is_not_held_again(table: RegionTable, change: str) -> None:
     held, other = add(table).id, add(table).id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -46,6 +47,18 @@ async def test_slots_do_not_overlap_and_can_be_written(pool: StagingPool) -> Non
         assert slot.view.min() == slot.view.max() == number + 1
         assert slot.iov(17).tolist() == [[slot.address, 17]]
         pool.release(slot)
+
+
+async def test_slots_are_a_memfd_that_goes_with_the_pool() -> None:
+    pool = StagingPool(2 * SLOT, SLOT)
+    slot = await pool.acquire("a")
+    slot.view[:] = 7
+    fd = pool.fd
+    assert os.pread(fd, SLOT, slot.address - pool.address) == b"\7" * SLOT
+    pool.release(slot)
+    pool.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 async def test_first_come_first_served(pool: StagingPool) -> None:

@@ -50,6 +50,7 @@ from xferd.daemon.memory.regions import RegionTable
 from xferd.daemon.memory.staging import StagingPool
 from xferd.daemon.peers.serving import PeerServing
 from xferd.plugins.base import PeerIdentity, PeerLinkStatistics, PeerTransport
+from xferd.plugins.fabric import PeerService
 from xferd.plugins.vectored import copy_local, iov_of, total_nbytes
 
 if TYPE_CHECKING:
@@ -591,6 +592,66 @@ async def test_quiesce_gives_up_at_its_deadline(house: House) -> None:
     house.transport.serve("t1")
     with pytest.raises(DeadlineExceeded, match="t1"):
         await ask(house, quiesce=peer_pb.Quiesce(transfer_id="t1"))
+
+
+class Fabric(PeerService):
+    """A service of one verb, that is quiet when the test says so."""
+
+    verbs = frozenset({"ucx_abort"})
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, ...]] = []
+        self.is_quiet = asyncio.Event()
+
+    def attach(self, me: NodeInfo, transport: PeerTransport, handler: PeerHandler) -> None:
+        raise NotImplementedError
+
+    async def serve(self, peer: PeerIdentity, request: peer_pb.PeerRequest) -> peer_pb.PeerReply:
+        self.told.append(("serve", peer.node, str(request.WhichOneof("request"))))
+        return peer_pb.PeerReply(done=peer_pb.Done())
+
+    async def quiesce(self, peer: PeerIdentity, transfer_id: str) -> None:
+        self.told.append(("quiesce", peer.node, transfer_id))
+        await self.is_quiet.wait()
+
+    def peer_lost(self, peer: PeerIdentity, reason: str) -> None:
+        self.told.append(("lost", peer.node, reason))
+
+
+async def test_a_service_answers_its_verbs_comes_to_rest_and_hears_of_lost_peers(house: House) -> None:
+    fabric = Fabric()
+    house.serving = house.make(services=(fabric,))
+    assert (await ask(house, ucx_abort=peer_pb.UcxAbort())).HasField("done")
+    with pytest.raises(ProtocolViolation):
+        await ask(house, ucx_open=peer_pb.UcxOpen())
+    resting = asyncio.ensure_future(ask(house, quiesce=peer_pb.Quiesce(transfer_id="t1")))
+    done, _ = await asyncio.wait([resting], timeout=0.02)
+    assert not done, "the service still moves bytes"
+    fabric.is_quiet.set()
+    assert (await resting).HasField("done")
+    house.serving.peer_lost(PEER, "gone")
+    assert fabric.told == [
+        ("serve", "peer", "ucx_abort"),
+        ("quiesce", "peer", "t1"),
+        ("lost", "peer", "gone"),
+    ]
+    assert house.heard == [("lost", "gone")]
+
+
+@pytest.mark.parametrize("verify", [False, True])
+async def test_a_peer_that_wants_proof_of_what_it_reads_gets_it(house: House, verify: bool) -> None:
+    class Sealer:
+        asked: bool | None = None
+
+        def verify(self, _runs: object, *, is_asked: bool) -> None:
+            self.asked = is_asked
+
+    sealer = Sealer()
+    house.serving = house.make(sealer=sealer)
+    grant = house.serving.open_grant(PEER, TransferOp.READ, house.request(("mapped", 0, 8), verify=verify))
+    read_all(grant)
+    grant.close()
+    assert sealer.asked is verify
 
 
 async def test_a_cancelled_quiesce_leaves_nothing(house: House) -> None:

@@ -77,14 +77,18 @@ async def test_one_timer_serves_all() -> None:
 async def test_who_is_told_may_arm_and_drop() -> None:
     told = Told()
     first, second, third = a_transfer("first", 0.0), a_transfer("second", 0.0), a_transfer("third", 0.0)
+    again = a_transfer("again", 0.0)
 
     def hear(t: Any, post: int) -> None:
         told.hear(t, post)
         if t is first:
             told.deadlines.drop(second)
+            again.posts = 1
+            told.arm(again)
             told.arm(third)
 
     told.deadlines = Deadlines(told.loop.time, hear)
     told.arm(first)
     told.arm(second)
-    assert await told.until(2) == [("first", 0), ("third", 0)]
+    told.arm(again)
+    assert await told.until(3) == [("first", 0), ("again", 1), ("third", 0)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -15,6 +18,7 @@ from xferd.api.errors import (
     ShortTransfer,
 )
 from xferd.api.types import ENDED, Hop, Notification, Priority, SessionId, TransferId, TransferOp, TransferState
+from xferd.daemon.engine import machine as machine_module
 from xferd.daemon.engine.machine import (
     AbortChunks,
     Ended,
@@ -27,6 +31,10 @@ from xferd.daemon.engine.machine import (
 from xferd.daemon.engine.plan import ChunkRef, Leg, Plan, Route
 from xferd.daemon.engine.scheduler import Scheduler
 from xferd.plugins.base import Extent, MappedSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
 
 
 def route(name: str, *, slots: int = 2, restartable: bool = True) -> Route:
@@ -89,6 +97,33 @@ def test_chunks_are_started_as_slots_allow_and_the_last_one_ends_it(machine) -> 
     status = t.status()
     assert (status.state, status.telemetry.moved_nbytes) == (TransferState.DONE, 30)
     assert (status.telemetry.first_byte_at, status.telemetry.moving_s) == (2.0, 3.0)
+
+
+def test_what_a_chunk_costs_does_not_grow_with_the_number_of_legs() -> None:
+    """A write of many objects has a leg for each: those that are done must not be looked at for each of the others."""
+
+    def lines_run(legs: int) -> int:
+        machine, lines = TransferMachine(Scheduler()), 0
+        t = transfer(plan(*[(1, (route("r", slots=1),))] * legs))
+        machine.add(t)
+        before = sys.gettrace()
+
+        def count(frame: FrameType, event: str, _: object) -> Callable[..., Any]:
+            nonlocal lines
+            lines += event == "line" and frame.f_code.co_filename == machine_module.__file__
+            return count
+
+        chunks = started(machine.post(t, 1.0))
+        sys.settrace(count)
+        try:
+            while chunks:
+                chunks = started(machine.chunk_done(t, chunks[0], 10, 2.0))
+        finally:
+            sys.settrace(before)
+        assert t.state is TransferState.DONE
+        return lines
+
+    assert lines_run(400) < 5 * lines_run(100)
 
 
 def test_a_wrong_count_is_not_believed(machine) -> None:
@@ -160,8 +195,9 @@ def test_cancel_of_a_held_transfer_and_post_again(machine) -> None:
     assert ended(machine.chunk_done(t, ChunkRef(0, 0), 10, 3.0))
     assert machine.cancel(t, 4.0) == []
     assert t.state is TransferState.DONE
-    first_wire_id = t.wire_id
+    first_wire_id, routes = t.wire_id, t.last_routes
     machine.post(t, 5.0)
+    assert t.last_routes is routes, "rings know routes by their tuple"
     assert t.wire_id != first_wire_id
     assert t.status().telemetry.posts == 2
     machine.chunk_done(t, ChunkRef(0, 0), 10, 6.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
 
 class Leg(OpenLeg):
-    def __init__(self, story: list[str], name: str, fails: set[str], moves_short: bool) -> None:
+    def __init__(self, story: list[str], name: str, fails: set[str], moves_short: bool, chunks: list[Chunk]) -> None:
         self.story, self.name, self.fails, self.moves_short = story, name, fails, moves_short
+        self.chunks = chunks
 
     async def move(self, chunk: Chunk) -> int:
+        self.chunks.append(chunk)
         self.story.append(f"move {chunk.transfer_id}")
         return chunk.nbytes - self.moves_short
 
@@ -48,13 +51,14 @@ class Store:
         self.moves_short = False
         self.gate: asyncio.Event | None = None
         self.opened = 0
+        self.chunks: list[Chunk] = []
 
     async def open_leg(self, scope: LegScope) -> OpenLeg:
         if self.gate is not None:
             await self.gate.wait()
         self.opened += 1
         self.story.append(f"open {scope.nbytes} {scope.source is not None} {scope.target is not None}")
-        return Leg(self.story, f"leg{self.opened}", self.fails, self.moves_short)
+        return Leg(self.story, f"leg{self.opened}", self.fails, self.moves_short, self.chunks)
 
 
 class Awaited:
@@ -136,6 +140,20 @@ async def test_proof_sees_the_bytes_of_whole_chunks_as_they_pass() -> None:
     nothing = cast("Any", None)
     assert await move(Chunk(nothing, nothing, 10, "x", "c")) == 10
     assert store.story[-3:] == ["move x", "arrived reading True", "passed ticket"]
+    assert store.chunks[0].sums is Awaited.sums
+
+
+async def test_of_two_hops_the_first_is_proof_of_what_was_read_and_the_last_of_what_was_written() -> None:
+    store = Store()
+    one = passage(store, 1, sealer=Proof(store.story))
+    both = replace(route("s"), hops=route("s").hops * 2)
+    first, last = await one.moves(0, both)
+    nothing = cast("Any", None)
+    await first(Chunk(nothing, nothing, 10, "x", "c"))
+    assert store.story[-2:] == ["move x", "arrived reading True"]
+    await last(Chunk(nothing, nothing, 10, "y", "c"))
+    assert store.story[-2:] == ["move y", "passed ticket"]
+    assert [chunk.sums for chunk in store.chunks] == [Awaited.sums, None]
 
 
 async def test_proof_does_not_see_a_chunk_that_moved_in_part() -> None:

@@ -19,6 +19,10 @@ def test_a_chunk_alone_had_all_of_the_time_and_two_at_once_had_half_each() -> No
     assert pipes.leave(first, 24.0) == pytest.approx(2.0)
     assert pipes.leave(second, 25.0) == pytest.approx(3.0)  # alone for the last second
     assert pipes.leave(other, 25.0) == pytest.approx(5.0)  # another pipe is no company
+    early = pipes.enter(PIPE, 30.0)
+    late = pipes.enter(PIPE, 34.0)
+    assert pipes.leave(early, 38.0) == pytest.approx(6.0)  # what went by before the other came was its own
+    assert pipes.leave(late, 38.0) == pytest.approx(2.0)
     assert len(pipes) == 0
 
 

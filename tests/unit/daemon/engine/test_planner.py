@@ -326,12 +326,28 @@ def test_objects_of_a_store_are_read_in_one_leg_and_cut_between_objects(data: st
             assert max(len(extent.iov) for extent in chunk) <= max_pieces + 1
         if len(members) == 1:
             continue
+        assert max(
+            len(side.cut(*cut).iov) for cut in itertools.pairwise(leg.cuts) for side in (leg.source, leg.target)
+        ) <= (max_pieces)
         for first, last in itertools.pairwise(runs):
             start, stop = int(ends[first - 1]) if first else 0, int(ends[last - 1])
             rows_of_it = max(last - first, len(leg.target.cut(start, stop).iov))
             if stop - start <= chunk_nbytes and rows_of_it < max_pieces:
                 assert not [at for at in leg.cuts if start < at < stop], "an object that fits into a chunk was cut"
     assert found == expected
+
+
+def test_a_chunk_has_as_many_whole_objects_as_fit() -> None:
+    made = Planner(
+        "here",
+        {"object": Mover({(SpaceKind.OBJECT, M)})},
+        CostModel(),
+        chunk_nbytes=200,
+        max_pieces=64,
+        staging_slots=2,
+    )
+    (leg,) = made.plan(checked(*[(0, 100)] * 5, space=range(5), spaces=OBJECTS[:5]), checked((1 << 20, 500))).legs
+    assert leg.cuts == (0, 200, 400, 500)
 
 
 def test_objects_that_are_written_keep_a_leg_each_and_routes_are_weighed_once() -> None:
@@ -362,5 +378,11 @@ def test_a_backend_with_limits_of_its_own_gets_chunks_of_them_where_it_moves_alo
         checked((0, 4 << 20), spaces=(FileSpace(3, "/f"),)),
         checked((0, 4 << 20), spaces=(RemoteSpace("b", 1),), node="b"),
     )
+    back = planner(posix=POSIX, quick=quick).plan(
+        checked((0, 4 << 20), spaces=(RemoteSpace("b", 1),), node="b"),
+        checked((0, 4 << 20), spaces=(FileSpace(3, "/f"),)),
+    )
+    assert [made.legs[0].routes[0].backends for made in (staged, back)] == [("posix", "quick"), ("quick", "posix")]
+    assert back.legs[0].cuts == staged.legs[0].cuts
     assert staged.legs[0].routes[0].is_staged
     assert staged.legs[0].cuts == (0, 1 << 20, 2 << 20, 3 << 20, 4 << 20), "staging slots have the daemon's chunk size"

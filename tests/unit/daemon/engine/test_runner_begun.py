@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pytest
 from test_machine import plan, route, transfer
 
@@ -20,6 +23,7 @@ from xferd.plugins.base import Begun
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from xferd.daemon.engine.plan import Route
     from xferd.plugins.base import Chunk
 
 
@@ -38,6 +42,8 @@ class Started(Begun):
 
 class Mover:
     """Begins what it is given, or raises, or leaves it to ``move``."""
+
+    is_transactional = False
 
     def __init__(self) -> None:
         self.started: list[Started] = []
@@ -58,6 +64,14 @@ class Mover:
         return chunk.nbytes
 
 
+class Staging:
+    """Lends what nobody else has."""
+
+    @contextlib.asynccontextmanager
+    async def lease(self, _holder: str, nbytes: int) -> AsyncIterator[Any]:
+        yield np.array([[1 << 20, nbytes]], dtype=np.uint64)
+
+
 class Rig:
     def __init__(self) -> None:
         self.mover = Mover()
@@ -71,7 +85,7 @@ class Rig:
             self.machine,
             cast("Any", {"mover": self.mover, "other": self.mover}),
             self.costs,
-            cast("Any", None),
+            Staging(),
             sealer=NoSealer(),
             deliver=deliver,
             on_ended=self.ended.append,
@@ -79,8 +93,10 @@ class Rig:
         )
 
     def post(self, chunks: int = 1, *routes: str, timeout_s: float = 30.0) -> Any:
-        t = transfer(plan((chunks, tuple(map(route, routes or ("mover",))))))
-        t.timeout_s = timeout_s
+        return self.post_by(chunks, tuple(map(route, routes or ("mover",))), timeout_s)
+
+    def post_by(self, chunks: int, routes: tuple[Route, ...], timeout_s: float = 30.0, **more: Any) -> Any:
+        t = replace(transfer(plan((chunks, routes))), timeout_s=timeout_s, **more)
         self.machine.add(t)
         self.runner.post(t)
         return t
@@ -117,6 +133,39 @@ async def test_what_is_not_begun_is_moved(rig: Rig) -> None:
     await rig.runner.ends.wait([t], 10.0)
     assert t.state is TransferState.DONE
     assert len(rig.mover.moved) == 2
+    assert [(chunk.source.iov.tolist(), chunk.nbytes) for chunk in rig.mover.moved] == [
+        ([[4096, 10]], 10),
+        ([[4106, 10]], 10),
+    ]
+
+
+async def test_what_takes_two_hops_is_moved_by_way_of_staging_memory(rig: Rig) -> None:
+    t = rig.post_by(1, (replace(route("mover"), hops=route("mover").hops + route("other").hops),))
+    await rig.runner.ends.wait([t], 10.0)
+    assert t.state is TransferState.DONE
+    assert not rig.mover.started
+    rows = [(chunk.source.iov.tolist(), chunk.target.iov.tolist()) for chunk in rig.mover.moved]
+    assert rows == [([[4096, 10]], [[1 << 20, 10]]), ([[1 << 20, 10]], [[4096, 10]])]
+
+
+async def test_what_must_be_settled_is_moved_and_not_begun(rig: Rig) -> None:
+    t = rig.post_by(1, (route("mover"),), is_enclosed=True)
+    await rig.runner.ends.wait([t], 10.0)
+    assert t.state is TransferState.DONE
+    assert not rig.mover.started
+    assert len(rig.mover.moved) == 1
+
+
+async def test_a_chunk_that_was_stopped_teaches_how_long_it_took_at_least(rig: Rig) -> None:
+    taught: list[object] = []
+    end = rig.costs.end
+    cast("Any", rig.costs).end = lambda metered, outcome: (taught.append(outcome), end(metered, outcome))
+    t = rig.post()
+    rig.runner.cancel(t)
+    rig.mover.started[0].done(Cancelled("stopped"))
+    rig.post()
+    rig.mover.started[1].done(10)
+    assert taught == [None, 10]
 
 
 async def test_a_cancelled_transfer_ends_when_its_chunks_have_come_to_rest(rig: Rig) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from xferd.api.errors import InternalError
 from xferd.api.types import Priority, TransferId
-from xferd.daemon.engine.scheduler import WEIGHTS, Scheduler
+from xferd.daemon.engine.scheduler import MAX_IDLE, WEIGHTS, Scheduler
 
 KEY = ("local", "")
 
@@ -39,6 +39,29 @@ def test_classes_share_by_weight_and_low_is_not_starved() -> None:
     assert turns[Priority.LOW] == pytest.approx(3 * WEIGHTS[Priority.LOW], abs=1)
     assert turns[Priority.NORMAL] == pytest.approx(3 * WEIGHTS[Priority.NORMAL], abs=1)
     assert turns[Priority.HIGH] == pytest.approx(3 * WEIGHTS[Priority.HIGH], abs=2)
+
+
+def test_of_classes_that_have_come_as_far_the_highest_goes_first() -> None:
+    scheduler = Scheduler()
+    for priority in (Priority.LOW, Priority.NORMAL, Priority.HIGH):
+        scheduler.enqueue(KEY, 3, TransferId(priority.value), priority)
+    assert [turn[1] for turn in scheduler.take()] == ["HIGH", "NORMAL", "LOW"]
+
+
+def test_an_idle_queue_takes_the_slots_of_who_comes_next_and_few_of_them_stay() -> None:
+    scheduler = Scheduler()
+    for slots in (1, 2):
+        for name in "ab":
+            scheduler.enqueue(KEY, slots, TransferId(name), Priority.NORMAL)
+        assert len(list(scheduler.take())) == slots
+        scheduler.remove(TransferId("b"))
+        for _ in range(slots):
+            scheduler.free(KEY)
+    for peer in range(3 * MAX_IDLE):
+        scheduler.enqueue(("tcp", str(peer)), 1, TransferId("t"), Priority.NORMAL)
+        list(scheduler.take())
+        scheduler.free(("tcp", str(peer)))
+    assert len(scheduler.busy()) <= MAX_IDLE
 
 
 def test_a_class_that_was_idle_gets_no_credit() -> None:

@@ -66,12 +66,12 @@ def test_a_plan_under_way_is_dropped_at_its_last_end():
 
 def test_a_kept_plan_outlives_its_flights():
     plans = KeptPlans()
-    one = kept()
+    one = kept(allocations=[4])
     plans.put(1, one)
     one.flights = 1
     one.end_flight()
     assert one.plan.drops == 0
-    plans.clear()
+    plans.drop_allocation(4)
     assert one.plan.drops == 1
 
 

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
+import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 from device_rig import DeviceArena, SharedArena
 from hypothesis import given, strategies as st
 
-from xferd.api.errors import Cancelled, DeviceLost, InvalidArgument, MoveFailed, NotFound, Stale, WouldBlock
+from xferd.api.errors import (
+    Cancelled,
+    DeviceLost,
+    InvalidArgument,
+    MoveFailed,
+    NotFound,
+    Stale,
+    Unavailable,
+    WouldBlock,
+)
 from xferd.api.simulated import device_uuid, export_fd
 from xferd.plugins.base import ALLOCATION_SHIFT, Chunk, DeviceSpace, Extent, MappedSpace
-from xferd.plugins.cuda.backend import CudaBackend
+from xferd.plugins.cuda.backend import NOW_BUDGET_S, CudaBackend
 from xferd.plugins.cuda.faults import FAULTS
 from xferd.plugins.cuda.manager import SELF, DeviceManager
 from xferd.plugins.cuda.options import CudaOptions
@@ -26,8 +38,8 @@ MIB = 1 << 20
 
 
 @asynccontextmanager
-async def backend_of(spin=0.0, **options):
-    backend = CudaBackend(CudaOptions(driver="simulated", spin=spin, **options))
+async def backend_of(spin=0.0, now_budget_s=NOW_BUDGET_S, **options):
+    backend = CudaBackend(CudaOptions(driver="simulated", spin=spin, **options), now_budget_s=now_budget_s)
     await backend.start()
     try:
         yield backend
@@ -126,8 +138,31 @@ async def test_an_aborted_chunk_that_misses_memory_is_told_cancelled():
         end = asyncio.get_running_loop().create_future()
         begun = backend.begin(chunk_of(source, target), end.set_result)
         begun.abort()
-        assert isinstance(await asyncio.wait_for(end, 20), Cancelled | int)
+        assert isinstance(await asyncio.wait_for(end, 20), Cancelled)
         assert backend.statistics().busy == 0
+
+
+async def test_a_worker_that_cannot_be_started_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/interpreter")
+    before = open_fds()
+    async with backend_of() as backend:
+        assert "cannot be started" in backend.facts()[0].reason
+        with pytest.raises(Unavailable, match="cannot be used"):
+            await backend.allocate(0, NBYTES)
+    assert open_fds() == before
+
+
+async def test_what_was_cancelled_is_neither_a_chunk_nor_a_failure():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        await backend.move(chunk_of(source, target))
+        moving = asyncio.create_task(backend.move(chunk_of(source, target)))
+        await asyncio.sleep(0)
+        moving.cancel()
+        await asyncio.wait((moving,))
+        found = backend.statistics()
+        assert moving.cancelled()
+        assert (found.chunks, found.failures, found.busy) == (2, 0, 0)  # what a GPU was given it finishes
 
 
 async def test_without_a_worker_nothing_is_begun():
@@ -300,21 +335,13 @@ async def test_bytes_that_no_worker_can_map_pass_through_a_bounce_buffer():
         assert (back == data).all()
 
 
-async def moved_at_once(call, nbytes):
-    """Make the call until a GPU has had the time; a machine that is busy may take it away now and then."""
-    for _ in range(100):
-        try:
-            assert call() == nbytes
-        except WouldBlock:
-            await asyncio.sleep(0.005)
-        else:
-            return
-    raise AssertionError("it never had the time")
+def open_fds():
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
 
 async def test_a_small_move_is_waited_for_on_the_loop_where_there_are_cores_to_spin():
     nbytes = 64 << 10
-    async with backend_of(spin=0.01) as backend:
+    async with backend_of(spin=0.01, now_budget_s=10.0) as backend:  # a busy machine may take its time
         source, target = filled(backend, nbytes=nbytes)
         chunk = chunk_of(source, target, nbytes)
         call = backend.move_now(chunk.source, chunk.target, "agent")
@@ -323,7 +350,10 @@ async def test_a_small_move_is_waited_for_on_the_loop_where_there_are_cores_to_s
             call()  # nobody has a worker yet, and nobody starts one on the loop
         await backend.move(chunk)
         target.fill(np.zeros(nbytes, np.uint8))
-        await moved_at_once(call, nbytes)
+        before = backend.statistics()
+        assert call() == nbytes
+        after = backend.statistics()
+        assert (after.chunks - before.chunks, after.moved_nbytes - before.moved_nbytes) == (1, nbytes)
         assert (target.read() == source.read()).all()
         await backend.manager.live(0, "agent").kill("a test")
         with pytest.raises(WouldBlock):
@@ -354,9 +384,64 @@ async def test_a_move_that_takes_too_long_for_the_loop_ends_before_the_long_way_
             source.fill(np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8))
             with pytest.raises(WouldBlock):
                 call()
+            worker = backend.manager.live(0, "agent")
             began = asyncio.get_running_loop().time()
-            assert await backend.move(chunk) == nbytes
+            moving = asyncio.create_task(backend.move(chunk))
+            await asyncio.sleep(0)
+            assert len(worker._backlog) == 1  # not sent before the late one has ended
+            assert await moving == nbytes
             assert asyncio.get_running_loop().time() - began > 0.09  # both moves, one after the other
             assert (target.read() == source.read()).all()
             assert not backend.manager.live(0, "agent")._late
         assert backend.statistics().busy == 0
+
+
+async def test_what_a_worker_told_before_it_died_is_heard():
+    async with backend_of() as backend:
+        source, target = filled(backend)
+        await backend.move(chunk_of(source, target))
+        worker = backend.manager.live(0, "agent")
+        asyncio.get_running_loop().remove_reader(worker._told)  # so that its end is noticed before its answer
+        moving = asyncio.create_task(backend.move(chunk_of(source, target)))
+        await asyncio.to_thread(select.select, [worker._told], [], [], 10.0)
+        assert worker._queues.has_completion()
+        await worker.kill("a test")
+        assert await moving == NBYTES
+
+
+async def test_an_event_of_another_gpu_is_refused():
+    async with backend_of(simulated_devices=2) as backend:
+        source, target = filled(backend)
+        event, _ = await backend.make_event("agent", 1)
+        with pytest.raises(InvalidArgument, match="is of GPU 1"):
+            await backend.move(chunk_of(source, target, wait_event=event))
+
+
+@pytest.mark.slow
+async def test_closing_waits_for_every_move(monkeypatch):
+    fail(monkeypatch, "delay=0.1")
+    backend = CudaBackend(CudaOptions(driver="simulated", spin=0.0))
+    await backend.start()
+    source, target = filled(backend)
+    await backend.move(chunk_of(source, target))
+    moves = [asyncio.create_task(backend.move(chunk_of(source, target))) for _ in range(3)]
+    await asyncio.wait(moves, return_when=asyncio.FIRST_COMPLETED)
+    await backend.aclose()
+    assert await asyncio.gather(*moves) == [NBYTES] * 3
+
+
+async def test_memory_of_a_lost_pool_is_refused_though_others_have_it_mapped():
+    async with backend_of(spin=0.01, now_budget_s=10.0) as backend:
+        number, _ = await backend.allocate(0, NBYTES)
+        source, target = filled(backend)
+        rows = np.array([[number << ALLOCATION_SHIFT, 4096]], dtype=np.uint64)
+        into = Chunk(source.extent([(0, 4096)]), Extent(DeviceSpace(0), rows), 4096, "t", "cause", "agent")
+        assert await backend.move(into) == 4096
+        now = backend.move_now(into.source, into.target, "agent")
+        assert now() == 4096
+        await backend.manager.live(0, SELF).kill("a test")
+        with pytest.raises(WouldBlock):
+            now()
+        with pytest.raises(DeviceLost, match="went with the worker"):
+            await backend.move(into)
+        assert await backend.move(chunk_of(source, target)) == NBYTES  # other memory is as it was

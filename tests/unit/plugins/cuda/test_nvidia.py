@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from worker_rig import WorkerRig, at
+from worker_rig import Host, WorkerRig, at
 
 from xferd.api.errors import InvalidArgument, NotFound, PoolExhausted, Unavailable, Unsupported
 from xferd.api.mapping import map_shared
@@ -125,7 +125,7 @@ def test_every_byte_goes_to_its_place_at_any_alignment(driver, rows, copies, pro
     driver._tuning = Tuning(
         device_copies=100 if copies else 0, host_copies=100 if copies else 0, device_copy_nbytes=1 << 40
     )
-    plan, _ = fly(driver, Pieces(table, int(table[:, 2].sum()), from_host=False, to_host=False))
+    plan, _ = fly(driver, Pieces(table, int(table[:, 2].sum()), on_host=False))
     assert plan.engine is (Engine.COPY if copies else Engine.KERNEL)
     np.testing.assert_array_equal(target, expected)
     driver.close(one)
@@ -161,9 +161,9 @@ def test_host_memory_takes_part(driver):
     there, _ = driver.allocate(NBYTES)
     starts = np.arange(0, NBYTES, 4096, dtype=np.uint64)
     sizes = np.full(len(starts), 4000, dtype=np.uint64)
-    for source, target, hows in ((address, there, (True, False)), (there, address, (False, True))):
+    for source, target in ((address, there), (there, address)):
         table = np.stack((starts + np.uint64(source), starts + np.uint64(target), sizes), axis=1)
-        plan, _ = fly(driver, Pieces(table, int(sizes.sum()), *hows))
+        plan, _ = fly(driver, Pieces(table, int(sizes.sum()), on_host=True))
         assert plan.engine is Engine.KERNEL
     mask = np.tile(np.arange(4096) < 4000, NBYTES // 4096)
     np.testing.assert_array_equal(view(there, NBYTES)[mask], host[mask])
@@ -176,7 +176,7 @@ def test_a_plan_flies_many_times_and_at_once(driver, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA_LATE", "2")
     one, _ = driver.allocate(NBYTES)
     rows = np.array([(one + n * 64, one + NBYTES // 2 + n * 64, 64) for n in range(100)], dtype=np.uint64)
-    plan = driver.compile(Pieces(rows, 6400, from_host=False, to_host=False))
+    plan = driver.compile(Pieces(rows, 6400, on_host=False))
     flights = [driver.begin(plan, 0, 0) for _ in range(3)]
     assert not any(flight.is_done() for flight in flights)
     for flight in flights:
@@ -195,9 +195,7 @@ def test_a_plan_flies_many_times_and_at_once(driver, monkeypatch):
 def test_device_time_is_the_events_where_it_is_asked_for(library, tmp_path, monkeypatch):
     driver, _ = make_driver(library, tmp_path, monkeypatch, Tuning(timed=True))
     one, _ = driver.allocate(NBYTES)
-    _, flight = fly(
-        driver, Pieces(np.array([[one, one + 64, 64]], dtype=np.uint64), 64, from_host=False, to_host=False)
-    )
+    _, flight = fly(driver, Pieces(np.array([[one, one + 64, 64]], dtype=np.uint64), 64, on_host=False))
     assert flight.device_ns() == 1000
     driver.stop()
 
@@ -222,14 +220,14 @@ def test_facts_are_the_drivers(library, tmp_path, monkeypatch):
 
 def test_a_handle_opened_twice_is_closed_twice(driver):
     _, handle = driver.allocate(NBYTES)
-    opened = [driver.open(NBYTES, handle, -1, 0) for _ in range(2)]
+    opened = [driver.open(NBYTES, handle, -1) for _ in range(2)]
     for address in opened:
         driver.close(address)
     with pytest.raises(InvalidArgument, match=str(NBYTES)):
-        driver.open(NBYTES + 1, handle, -1, 0)
+        driver.open(NBYTES + 1, handle, -1)
     for bad in (b"", b"x" * 64, b"x" * 63):
         with pytest.raises(InvalidArgument):
-            driver.open(NBYTES, bad, -1, 0)
+            driver.open(NBYTES, bad, -1)
         with pytest.raises(InvalidArgument):
             driver.open_event(bad)
 
@@ -238,9 +236,9 @@ def test_memory_comes_by_file_descriptor(driver):
     fd = os.memfd_create("vmm")
     os.ftruncate(fd, NBYTES)
     there = map_shared(fd, NBYTES)
-    address = driver.open(NBYTES, b"", fd, 0)
+    address = driver.open(NBYTES, b"", fd)
     with pytest.raises(InvalidArgument):
-        driver.open(NBYTES * 2, b"", fd, 0)
+        driver.open(NBYTES * 2, b"", fd)
     os.close(fd)
     driver.wipe(address, 8)
     view(address, NBYTES)[8:16] = 5
@@ -248,7 +246,7 @@ def test_memory_comes_by_file_descriptor(driver):
     driver.close(address)
     read, write = os.pipe()
     with pytest.raises(InvalidArgument):
-        driver.open(NBYTES, b"", read, 0)
+        driver.open(NBYTES, b"", read)
     os.close(read)
     os.close(write)
 
@@ -258,7 +256,7 @@ def test_events_are_waited_for_and_recorded(driver):
     other = driver.open_event(handle)
     assert other != number
     one, _ = driver.allocate(NBYTES)
-    pieces = Pieces(np.array([[one, one + 64, 64]], dtype=np.uint64), 64, from_host=False, to_host=False)
+    pieces = Pieces(np.array([[one, one + 64, 64]], dtype=np.uint64), 64, on_host=False)
     fly(driver, pieces, other, number)
     fly(driver, pieces, number, other)
     driver.close(one)
@@ -268,6 +266,19 @@ def test_host_memory_that_cannot_be_locked_is_no_lack_of_gpu_memory(driver, monk
     monkeypatch.setenv("FAKE_CUDA_LOCKABLE", "4096")
     with pytest.raises(Unavailable, match="8192"):
         driver.lock_host(1 << 20, 8192, is_writable=True)
+
+
+def test_a_table_that_cannot_be_locked_leaves_no_gpu_memory_behind(driver, monkeypatch):
+    one, _ = driver.allocate(NBYTES)
+    rows = np.array([(one + n * 64, one + NBYTES // 2 + n * 64, 64) for n in range(100)], dtype=np.uint64)
+    before = driver.free_nbytes()
+    monkeypatch.setenv("FAKE_CUDA_LOCKABLE", "4096")
+    with pytest.raises(Unavailable, match=str(2 << 20)) as raised:
+        driver.compile(Pieces(rows, 6400, on_host=False))
+    assert "LimitMEMLOCK" in raised.value.remedy
+    assert driver.free_nbytes() == before
+    monkeypatch.delenv("FAKE_CUDA_LOCKABLE")
+    fly(driver, Pieces(rows, 6400, on_host=False))
 
 
 # ---------------------------------------------------------------------------------------- start
@@ -333,29 +344,26 @@ def test_the_name_of_a_kept_kernel_holds_what_it_depends_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_moves_by_it(environment):
-    with WorkerRig(driver="cuda", env=environment) as rig:
+    with Host(NBYTES) as host, WorkerRig(driver="cuda", env=environment) as rig:
         assert isinstance(rig.ready, control.Ready), rig.ready
         for number in (1, 2):
             assert rig.ask(control.Allocate(number, NBYTES)).check()
-        host = os.memfd_create("host")
-        os.ftruncate(host, NBYTES)
-        memory = map_shared(host, NBYTES)
-        want = memory[:] = np.random.default_rng(3).integers(0, 256, NBYTES, dtype=np.uint8)
-        address = int(memory.ctypes.data)
-        assert rig.ask(control.MapHost(1, address, NBYTES), host).check()
-        os.close(host)
+        want = host.fill(3)
+        host.map_in(rig, 1)
         starts = np.random.default_rng(4).permutation(NBYTES // 4096).astype(np.uint64) * np.uint64(4096)
         sizes = np.full(len(starts), 4096, dtype=np.uint64)
-        here, there, third = (np.stack((starts + np.uint64(base), sizes), axis=1) for base in (address, at(1), at(2)))
+        here, there, third = (
+            np.stack((starts + np.uint64(base), sizes), axis=1) for base in (host.address, at(1), at(2))
+        )
         ins, across, outs = ((Side.HOST, Side.DEVICE), (Side.DEVICE, Side.DEVICE), (Side.DEVICE, Side.HOST))
         told = rig.move(here, there, sides=ins)
         assert (told.outcome, told.engine) == (Outcome.DONE, Engine.KERNEL)
         assert rig.move(there, third[::-1], sides=across, table_id=5).outcome is Outcome.DONE
         rig.put_again(5)
         assert rig.take().outcome is Outcome.DONE
-        memory[:] = 0
+        host.array[:] = 0
         assert rig.move(third[::-1], here, sides=outs).outcome is Outcome.DONE
-        np.testing.assert_array_equal(memory, want)
+        np.testing.assert_array_equal(host.array, want)
         assert rig.ask(control.Ask()).pinned_nbytes == NBYTES
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from xferd.api.errors import OutOfBounds, SizeMismatch
 from xferd.plugins.cuda.layout import Side
-from xferd.plugins.cuda.tables import Missing, Places, pieces_of, split_long
+from xferd.plugins.cuda.tables import Missing, Places, pieces_of
+from xferd.plugins.vectored import no_longer_than
 
 SHIFT = 40
 ALLOCATIONS = {1: (0x7F00_0000_0000, 4096), 2: (0x10_0000, 1 << 20), 5: (0xFFFF_FFFF_F000_0000, 1 << 16), 200: (64, 64)}
@@ -167,7 +168,7 @@ def test_pieces_move_each_byte_once_to_its_place(lists, limit):
         made.translate(Side.DEVICE, rows_of([(1 << SHIFT | position, size) for position, size in target])),
     )
     wanted = dict(zip((50_000 + p for p in bytes_of(target)), (10_000 + p for p in bytes_of(source)), strict=True))
-    for pieces in (table, split_long(table, limit)):
+    for pieces in (table, no_longer_than(table, limit)):
         found = {}
         for origin, goal, size in pieces.tolist():
             for step in range(size):
@@ -178,7 +179,7 @@ def test_pieces_move_each_byte_once_to_its_place(lists, limit):
     # Merged as far as can be, and cut no more than needed.
     for before, after in zip(table[:-1].tolist(), table[1:].tolist(), strict=True):
         assert (before[0] + before[2], before[1] + before[2]) != (after[0], after[1])
-    assert len(split_long(table, limit)) == sum(-(-size // limit) for size in table[:, 2].tolist())
+    assert len(no_longer_than(table, limit)) == sum(-(-size // limit) for size in table[:, 2].tolist())
 
 
 def test_lists_of_unequal_totals_are_refused():
@@ -192,4 +193,4 @@ def test_lists_of_unequal_totals_are_refused():
 
 def test_a_table_that_needs_no_cut_is_not_copied():
     table = np.array([[1, 2, 64], [100, 200, 64]], dtype=np.uint64)
-    assert split_long(table, 64) is table
+    assert no_longer_than(table, 64) is table

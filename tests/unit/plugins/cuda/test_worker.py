@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from worker_rig import WorkerRig, at
+from worker_rig import Host, WorkerRig, at
 
 from xferd.api import simulated
 from xferd.api.errors import InvalidArgument, NotFound, OutOfBounds, PoolExhausted, Unavailable, Unsupported
@@ -22,7 +22,6 @@ from xferd.plugins.cuda import control
 from xferd.plugins.cuda.layout import Engine, Outcome, Side
 
 NBYTES = 1 << 20
-DEVICES = (Side.DEVICE, Side.DEVICE)
 IN = (Side.HOST, Side.DEVICE)
 OUT = (Side.DEVICE, Side.HOST)
 
@@ -54,29 +53,10 @@ def rig(shared):
     assert shared.ask(control.Ask()).check().free_nbytes == shared.ready.total_nbytes
 
 
-class Host:
-    """Memory as the daemon has it."""
-
-    def __init__(self, nbytes=NBYTES):
-        self.fd = os.memfd_create("host")
-        os.ftruncate(self.fd, nbytes)
-        self.array = map_shared(self.fd, nbytes)
-        self.address = int(self.array.ctypes.data)
-        self.nbytes = nbytes
-
-    def fill(self, seed):
-        self.array[:] = np.random.default_rng(seed).integers(0, 256, self.nbytes, dtype=np.uint8)
-        return self.array.copy()
-
-    def map_in(self, rig, number):
-        assert rig.ask(control.MapHost(number, self.address, self.nbytes), self.fd).check()
-
-
 @pytest.fixture
 def host():
-    made = Host()
-    yield made
-    os.close(made.fd)
+    with Host(NBYTES) as made:
+        yield made
 
 
 @pytest.fixture
@@ -521,7 +501,7 @@ def test_a_worker_dies_with_its_parent(tmp_path):
     code = (
         "import os, sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from worker_rig import WorkerRig, at\n"
+        "from worker_rig import Host, WorkerRig, at\n"
         "from xferd.plugins.cuda import control\n"
         "rig = WorkerRig(env={'XFERD_SIMULATED_FAULTS': 'hang=1'})\n"
         "rig.ask(control.Allocate(1, 4096))\n"
@@ -556,3 +536,12 @@ def test_an_idle_worker_sleeps_and_a_long_move_burns_no_core():
         gate.wait(0.5)  # nothing happens, which is what is measured
         assert busy_s() - before < 0.05
         assert rig.move([[at(1), 4]], [[at(1, 8), 4]]).outcome is Outcome.DONE
+
+
+@pytest.mark.slow
+def test_the_tool_that_checks_workers_of_a_gpu_runs_on_simulated_ones():
+    tool = Path(__file__).parents[4] / "tools/gpu_worker_check.py"
+    done = subprocess.run([sys.executable, tool, "--simulated"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout
+    assert done.stdout.endswith("all parts ended well\n")

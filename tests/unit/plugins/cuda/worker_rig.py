@@ -14,15 +14,41 @@ import time
 
 import numpy as np
 
+from xferd.api.mapping import map_shared
+from xferd.plugins.base import ALLOCATION_SHIFT
 from xferd.plugins.cuda import control
 from xferd.plugins.cuda.layout import NO_TABLE, TOTAL_NBYTES, Outcome, SharedQueues, Side
-
-ALLOCATION_SHIFT = 40
 
 
 def at(allocation, offset=0):
     """A position in GPU memory."""
     return allocation << ALLOCATION_SHIFT | offset
+
+
+class Host:
+    """Memory as the daemon has it, which workers can map."""
+
+    def __init__(self, nbytes):
+        self.fd = os.memfd_create("host")
+        os.ftruncate(self.fd, nbytes)
+        self.array = map_shared(self.fd, nbytes)
+        self.address = int(self.array.ctypes.data)
+        self.nbytes = nbytes
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        os.close(self.fd)
+
+    def fill(self, seed):
+        """Fill it with random bytes, and return a copy of them."""
+        self.array[:] = np.random.default_rng(seed).integers(0, 256, self.nbytes, dtype=np.uint8)
+        return self.array.copy()
+
+    def map_in(self, rig, number):
+        """Let a worker map it."""
+        assert rig.ask(control.MapHost(number, self.address, self.nbytes), self.fd).check()
 
 
 class Told:
@@ -63,10 +89,6 @@ class WorkerRig:
         theirs.close()
         self.queues = SharedQueues(memory)
         os.close(memory)
-        self.rows = [
-            self.queues.array[self.queues.table_at(slot) :][: 2 << 20].view(np.uint64).reshape(-1, 2)
-            for slot in range(16)
-        ]
         self.cookie = 0
         self.socket.settimeout(30)
         received = control.receive(self.socket)
@@ -95,25 +117,23 @@ class WorkerRig:
         assert received is not None, f"the worker has ended with {self.process.wait(5)}"
         return received.message
 
-    def put(
-        self, source, target, *, sides=(Side.DEVICE, Side.DEVICE), table_id=0, slot=0, wait=0, done=0, source_device=0
-    ):
+    def put(self, source, target, *, sides=(Side.DEVICE, Side.DEVICE), table_id=0, slot=0, wait=0, done=0, file=0):
         """Put a command with its table into the queue; returns its cookie."""
-        rows = self.rows[slot]
+        rows = self.queues.tables[slot]
         source, target = (np.asarray(side, dtype=np.uint64).reshape(-1, 2) for side in (source, target))
         rows[: len(source)] = source
         rows[len(source) : len(source) + len(target)] = target
         nbytes = int(source[:, 1].sum())
-        return self._put(table_id, nbytes, len(source), len(target), sides, slot, wait, done, source_device)
+        return self._put(table_id, nbytes, len(source), len(target), sides, slot, wait, done, file)
 
-    def put_again(self, table_id, *, nbytes=0, wait=0, done=0):
+    def put_again(self, table_id, *, wait=0, done=0):
         """Put a command whose table the worker has kept."""
-        return self._put(table_id, nbytes, 0, 0, (Side.DEVICE, Side.DEVICE), NO_TABLE, wait, done, 0)
+        return self._put(table_id, 0, 0, 0, (Side.DEVICE, Side.DEVICE), NO_TABLE, wait, done, 0)
 
-    def _put(self, table_id, nbytes, rows, others, sides, slot, wait, done, source_device):
+    def _put(self, table_id, nbytes, rows, others, sides, slot, wait, done, file):
         self.cookie += 1
         self.queues.put_command(
-            self.cookie, table_id, nbytes, rows, others, sides[0], sides[1], 0, slot, wait, done, source_device, 0
+            self.cookie, table_id, nbytes, rows, others, sides[0], sides[1], 0, slot, wait, done, 0, file
         )
         os.eventfd_write(self.wake, 1)
         return self.cookie
