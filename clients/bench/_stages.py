@@ -1,6 +1,6 @@
-"""Where the time of one prepared transfer goes: stamps in the client and in the daemon, put side by side.
+"""Where the time of one prepared transfer goes: stamps in the client and in the daemons, put side by side.
 
-The daemon runs with stamps on a few of its functions (``_stamped_daemon.py``), the client with stamps on its own end.
+A daemon runs with stamps on a few of its functions (``_stamped_daemon.py``), the client with stamps on its own end.
 A stage is the time from one stamp to the next; medians of stages need not add up to the median of the whole.
 """
 
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from xferd.api.errors import InternalError
+from xferd.api.types import Access
 from xferd.clients.bench._attach import attach
+from xferd.clients.bench._stage_points import SUBJECTS
 from xferd.clients.nodes import Nodes
 from xferd.clients.processes import start_ready
 from xferd.clients.transfers import checked
@@ -29,94 +31,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from xferd.api.descriptors import DescriptorList
+    from xferd.clients import Region
+    from xferd.clients.bench._stage_points import Stage, Subject
+
 Stamp = tuple[str, int]
 
-SMALL_NBYTES, LARGE_NBYTES = 4096, 4 << 20
-POOL_NBYTES = 4 * LARGE_NBYTES
+POOL_NBYTES = 64 << 20
 WARM_UP, BATCH = 50, 250
 WAIT_S = 30.0
-
-RING_POINTS = (
-    "awake=xferd.daemon.rings.ring:Ring._on_doorbell:enter",
-    "posting=xferd.daemon.engine.desk:TransferDesk._post:enter",
-    "copy=xferd.daemon.engine.runner:Runner.quick:call",
-    "told=xferd.daemon.rings.ring:Ring._tell:enter",
-)
-THREADS_POINTS = (
-    "awake=xferd.daemon.rings.ring:Ring._on_doorbell:enter",
-    "posting=xferd.daemon.engine.desk:TransferDesk._post:enter",
-    "begin=xferd.plugins.local.backend:LocalBackend.begin:enter",
-    "given=xferd.plugins.local.backend:LocalBackend.begin:exit",
-    "copy=xferd.plugins.movers:Batch.perform_next:enter",
-    "copied=xferd.plugins.movers:MoverPool._report:enter",
-    "back=xferd.plugins.movers:MoverPool._collect:enter",
-    "told=xferd.daemon.rings.ring:Ring._tell:enter",
-)
-GRPC_POINTS = (
-    "awake=xferd.api.grpc.transfers:TransferServicer.Post:enter",
-    "posting=xferd.daemon.engine.desk:TransferDesk._post:enter",
-    "copy=xferd.daemon.engine.runner:Runner.quick:call",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A part of the way: what happens until its stamp is reached, and at which end."""
-
-    stamp: str
-    at: str
-    what: str
-
-
-RING_STAGES = (
-    Stage("sent", "client", "find the transfer, write the submission"),
-    Stage(
-        "awake", "both", "ring the doorbell (one system call); the daemon's loop wakes up and calls the ring's reader"
-    ),
-    Stage("posting", "daemon", "empty the doorbell, read and check the submission, find the transfer"),
-    Stage("copy", "daemon", "check rights and state, note who hears of the end"),
-    Stage("copy+", "daemon", "copy 4 KiB"),
-    Stage("told", "daemon", "end the transfer: state, metrics, log"),
-    Stage("seen", "both", "write the completion, signal; the client wakes up, or still looks, and takes it"),
-    Stage("end", "client", "put the status together and return"),
-)
-THREADS_STAGES = (
-    *RING_STAGES[:3],
-    Stage("begin", "daemon", "check state and rights, hold the regions, take a slot, arm the deadline"),
-    Stage("given", "daemon", "give the chunk to the mover threads"),
-    Stage("copy", "daemon", "the first thread wakes up"),
-    Stage("copied", "daemon", "copy 4 MiB"),
-    Stage("back", "daemon", "the event loop wakes up"),
-    Stage("told", "daemon", "end the chunk and the transfer: cost, state, holds, metrics"),
-    *RING_STAGES[-2:],
-)
-GRPC_STAGES = (
-    Stage("sent", "client", "build the request"),
-    Stage("awake", "both", "gRPC: serialize, send, wake the daemon, parse, start the handler"),
-    Stage("posting", "daemon", "check the token, find session and transfer"),
-    Stage("copy", "daemon", "check rights and state"),
-    Stage("copy+", "daemon", "copy 4 KiB"),
-    Stage("awake+", "daemon", "end the transfer: state, metrics, log; build the answer"),
-    Stage("seen", "both", "gRPC: serialize, send, wake the client, parse"),
-    Stage("end", "client", "make the status and return"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is profiled: by which control plane, of how many bytes, with which stamps in the daemon."""
-
-    control: str
-    nbytes: int
-    points: tuple[str, ...]
-    stages: tuple[Stage, ...]
-
-
-SUBJECTS = {
-    "ring": Subject("ring", SMALL_NBYTES, RING_POINTS, RING_STAGES),
-    "threads": Subject("ring", LARGE_NBYTES, THREADS_POINTS, THREADS_STAGES),
-    "grpc": Subject("grpc", SMALL_NBYTES, GRPC_POINTS, GRPC_STAGES),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +62,7 @@ class Profile:
 
 
 def profile(name: str, requests: int) -> Profile:
-    """Measure one prepared transfer on one node, again and again, without and with stamps.
+    """Measure one prepared transfer, again and again, without and with stamps.
 
     Raises:
         InternalError: no request went past any stamp of the daemon.
@@ -231,7 +154,7 @@ class StampedNodes(Nodes):
 
 
 class Road:
-    """A daemon, a client and a prepared transfer. A context manager that ends them.
+    """A daemon, or two, a client and a prepared transfer. A context manager that ends them.
 
     Attributes:
         spans: begin and end of each request, in nanoseconds.
@@ -240,21 +163,35 @@ class Road:
 
     def __init__(self, nodes: Nodes, subject: Subject) -> None:
         self._nodes = nodes
-        self._control = subject.control
-        self._nbytes = subject.nbytes
+        self._subject = subject
         self._stack = ExitStack()
         self.spans: list[tuple[int, int]] = []
         self.stamps: list[Stamp] = []
 
     def __enter__(self) -> Self:
+        subject = self._subject
         with ExitStack() as stack:
             stack.enter_context(self._nodes)
-            node = self._nodes.start("a", settings=[f'pools=[{{name="host", nbytes={POOL_NBYTES}}}]'])
-            self._client = stack.enter_context(attach(node.session_socket, "profile", self._control))
-            source, target = self._client.allocate([self._nbytes] * 2)
-            self._transfer = self._client.transfer("WRITE", source, target, hold=True)
+            settings = [f'pools=[{{name="host", nbytes={POOL_NBYTES}}}]']
+            there = here = self._nodes.start("a", settings=settings)
+            if subject.is_remote:
+                here = self._nodes.start("b", peers=[there], settings=settings)
+            self._client = stack.enter_context(attach(here.session_socket, "profile", subject.control))
+            source, target = self._regions(stack, there.session_socket)
+            self._transfer = self._client.transfer(subject.op, source, target, hold=True)
             self._stack = stack.pop_all()
         return self
+
+    def _regions(self, stack: ExitStack, there: Path) -> Sequence[Region | DescriptorList]:
+        """Return the two sides of the transfer, the client's own first."""
+        subject = self._subject
+        nbytes = subject.blocks * subject.block_nbytes
+        if not subject.is_remote:
+            return self._client.allocate([nbytes] * 2)
+        peer = stack.enter_context(attach(there, "peer", subject.control))
+        theirs = self._client.region(peer.allocate(2 * nbytes, access=Access.READ_WRITE).info)
+        mine = self._client.allocate(2 * nbytes)
+        return [_scattered(region, subject, seed) for seed, region in enumerate((mine, theirs))]
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -273,7 +210,7 @@ class Road:
     def stamp(self) -> None:
         """Note from now on when the client has sent and when the answer has come: around the ring, or the stub."""
         inner: Any = self._client
-        if self._control == "ring":
+        if self._subject.control == "ring":
             ring = inner._ring._ring
             # Before and not after: the daemon may be awake before the system call returns.
             ring.ring = _noting(ring.ring, "sent", self.stamps, after=False)
@@ -281,6 +218,13 @@ class Road:
             return
         stub = inner._methods._stubs["TransferService"]
         stub.Post = _noting(_noting(stub.Post, "sent", self.stamps, after=False), "seen", self.stamps, after=True)
+
+
+def _scattered(region: Region, subject: Subject, seed: int) -> DescriptorList:
+    """Return the blocks of a subject at random places of a region that has room for more."""
+    places = region.nbytes // subject.block_nbytes
+    chosen = np.random.default_rng(seed).choice(places, subject.blocks, replace=False)
+    return region.blocks(chosen, subject.block_nbytes)
 
 
 def _noting(function: Callable[..., Any], name: str, stamps: list[Stamp], *, after: bool) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""``xferbench profile``: where the microseconds of one prepared transfer go, by ring, by ring and threads, by gRPC."""
+"""``xferbench profile``: where the microseconds of one prepared transfer go: on one node and between two."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from xferd.api.errors import XferdError
 from xferd.clients.bench._documents import rewrite
 from xferd.clients.bench._environment import environment
 from xferd.clients.bench._options import add_documents, positive
+from xferd.clients.bench._stage_points import SUBJECTS
 from xferd.clients.bench._stages import Profile, profile
 from xferd.clients.bench._tables import as_markdown, show
 
@@ -20,18 +21,13 @@ if TYPE_CHECKING:
     from xferd.clients.bench._tables import Table
 
 MARKERS = "<!-- xferbench profile: begin -->", "<!-- xferbench profile: end -->"
-TITLES = {
-    "ring": "One prepared 4 KiB transfer by the ring",
-    "threads": "One prepared 4 MiB transfer by the ring, copied by threads",
-    "grpc": "One prepared 4 KiB transfer by gRPC",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parser().parse_args(argv)
     try:
-        profiles = [profile(name, options.requests) for name in TITLES]
+        profiles = [profile(name, options.requests) for name in options.only or SUBJECTS]
         record = environment([])
         if options.json:
             json.dump({"environment": record, "profiles": [document(one) for one in profiles]}, sys.stdout, indent=2)
@@ -78,16 +74,17 @@ def section(profiles: Sequence[Profile], record: Mapping[str, object]) -> str:
 
 
 def _title(one: Profile) -> str:
-    return TITLES[one.subject]
+    return SUBJECTS[one.subject].title
 
 
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="xferbench profile",
-        description="Show where the time of one prepared transfer goes, by ring and by gRPC.",
+        description="Show where the time of one prepared transfer goes, on one node and between two.",
         epilog="The stamps cost some of the time that they show: compare the two whole times.",
     )
     made.add_argument("--requests", type=positive, default=3000, metavar="N", help="to measure (3000)")
+    made.add_argument("--only", action="append", choices=list(SUBJECTS), help="profile this one (all); may be repeated")
     add_documents(made)
     return made
 

@@ -14,6 +14,7 @@ import pytest
 from xferd.clients.bench._app import run
 from xferd.clients.bench._cases import ECHO, EXPLAIN, NODE, WAITS, Case, Place
 from xferd.clients.bench._pace import Pace
+from xferd.clients.bench._stage_points import SUBJECTS
 from xferd.clients.bench._stages import profile
 from xferd.clients.bench._store import Store
 from xferd.clients.bench._systems import systems_for
@@ -188,10 +189,10 @@ def test_bytes_that_did_not_arrive_are_noticed():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("control", ["ring", "threads", "grpc"])
-def test_a_profile_finds_every_stage(control):
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_profile_finds_every_stage(subject):
     """The daemon's functions are known by name only: this is where a renamed one is noticed."""
-    one = profile(control, 30)
+    one = profile(subject, 30)
     assert {stage.stamp for stage, us in one.stages if us is None} == set()
     assert all(us >= 0 for _, us in one.stages)
     assert sum(us for _, us in one.stages) == pytest.approx(one.p50_us, rel=0.8)

@@ -8,7 +8,8 @@ import types
 import numpy as np
 import pytest
 
-from xferd.clients.bench._stages import GRPC_STAGES, RING_STAGES, Profile, stage_medians
+from xferd.clients.bench._stage_points import SUBJECTS
+from xferd.clients.bench._stages import Profile, stage_medians
 from xferd.clients.bench._stamped_daemon import wrap
 from xferd.clients.bench.profile import section, table
 
@@ -83,9 +84,10 @@ def test_a_function_that_is_not_there_is_left_out(place):
     assert wrap(f"x={place}:enter", []) is False
 
 
-@pytest.mark.parametrize("stages", [RING_STAGES, GRPC_STAGES])
-def test_tables_tell_every_stage_and_the_whole(stages):
-    one = Profile("ring", tuple((stage, 2.0) for stage in stages), 20.0, 18.0, 100)
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_tables_tell_every_stage_and_the_whole(name):
+    stages = SUBJECTS[name].stages
+    one = Profile(name, tuple((stage, 2.0) for stage in stages), 20.0, 18.0, 100)
     head, cells = table(one)
     assert len(cells) == len(stages) + 2
     assert all(len(line) == len(head) for line in cells)
