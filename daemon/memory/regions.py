@@ -38,7 +38,7 @@ from xferd.daemon.memory.holding import (
     may_see,
     names_of,
 )
-from xferd.daemon.memory.resolving import Resolved, resolve_in, slots_of
+from xferd.daemon.memory.resolving import Resolved, passes_end, resolve_in, slots_of
 from xferd.daemon.memory.slots import SlotTable, slot_of
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ class RegionTable:
             Stale: a row names a region of another generation.
             OutOfBounds: a span passes the end of its region.
         """
-        if len(descriptors) == 1 and (one := self._resolve_one(descriptors)) is not None:
+        if (one := self._resolve_in_one(descriptors)) is not None:
             return one
         slots = slots_of(descriptors.region)
         first, last = int(slots.min()), int(slots.max())
@@ -314,15 +314,27 @@ class RegionTable:
             absence = self._slots.absence(int(descriptors.region[found]))
         raise type(absence)(f"descriptor {found}: {absence.message}", remedy=absence.remedy)
 
-    def _resolve_one(self, descriptors: DescriptorList) -> Resolved | None:
-        """Resolve a list of one row without numpy's price for each step, or leave it to the way that knows why not."""
-        region, offset, nbytes = int(descriptors.region[0]), int(descriptors.offset[0]), int(descriptors.nbytes[0])
+    def _resolve_in_one(self, descriptors: DescriptorList) -> Resolved | None:
+        """Resolve a list within one region without a copy of the table, or leave it to the way that knows why not."""
+        regions = descriptors.region
+        region = int(regions[0])
+        if len(regions) > 1 and not (regions == regions[0]).all():
+            return None
         with self._lock:
             span = self._slots.span_of(region)
-        if span is None or offset + nbytes > span[1]:
+        if span is None:
             return None
-        position = np.array([span[0] + offset], dtype=np.uint64)
-        return Resolved(position, descriptors.nbytes, None, (span[2],), (RegionId(region),))
+        base, size, space = span
+        if len(regions) == 1:  # without numpy's price for each step
+            offset, nbytes = int(descriptors.offset[0]), int(descriptors.nbytes[0])
+            if offset + nbytes > size:
+                return None
+            position = np.array([base + offset], dtype=np.uint64)
+        else:
+            if passes_end(descriptors, np.uint64(size)).any():
+                return None
+            position = descriptors.offset + np.uint64(base)
+        return Resolved(position, descriptors.nbytes, None, (space,), (RegionId(region),))
 
     # --------------------------------------------------------------------------------------------- holds
 

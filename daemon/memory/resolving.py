@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xferd.api.errors import OutOfBounds
-from xferd.api.types import RegionId
 from xferd.daemon.memory.slots import SLOT_MASK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from xferd.api.descriptors import Column, DescriptorList
+    from xferd.api.types import RegionId
     from xferd.daemon.memory.slots import Window
     from xferd.plugins.base import Space
 
@@ -55,17 +55,6 @@ def resolve_in(window: Window, slots: NDArray[np.intp], descriptors: DescriptorL
     region = descriptors.region
     if not len(window.ids):
         return 0
-    if (region == region[0]).all():  # one region: scalars instead of gathers
-        if region[0] != window.ids[0]:
-            return 0
-        _check_bounds(descriptors, window.nbytes[0])
-        return Resolved(
-            descriptors.offset + window.base[0],
-            descriptors.nbytes,
-            None,
-            _present(window, [int(window.space[0])]),
-            (RegionId(int(region[0])),),
-        )
     at = slots - window.first
     beyond = at >= len(window.ids)
     if beyond.any():
@@ -91,13 +80,19 @@ def _present(window: Window, numbers: list[int]) -> tuple[Space, ...]:
     return tuple(space for space in spaces if space is not None)  # never None: a live region keeps its space
 
 
-def _check_bounds(descriptors: DescriptorList, size: Column | np.uint64) -> None:
+def passes_end(descriptors: DescriptorList, size: Column | np.uint64) -> NDArray[np.bool_]:
+    """Return for each row whether it passes the end of its region, which has that size."""
     offset, nbytes = descriptors.offset, descriptors.nbytes
-    over = (offset > size) | (nbytes > size - offset)  # the right side wraps only where the left is true
+    return (offset > size) | (nbytes > size - offset)  # the right side wraps only where the left is true
+
+
+def _check_bounds(descriptors: DescriptorList, size: Column) -> None:
+    offset, nbytes = descriptors.offset, descriptors.nbytes
+    over = passes_end(descriptors, size)
     if not over.any():
         return
     row = int(np.argmax(over))
-    limit = int(size) if isinstance(size, np.uint64) else int(size[row])
+    limit = int(size[row])
     raise OutOfBounds(
         f"descriptor {row} (offset {int(offset[row])}, nbytes {int(nbytes[row])}) passes the end of region "
         f"{int(descriptors.region[row])}",

@@ -1,28 +1,27 @@
 """The ``tcp`` backend: moves chunks between memory here and regions of a connected node.
 
-``transport.py`` keeps the lanes; here is what a chunk does with one, and how it is brought to rest.
+``transport.py`` keeps the lanes, ``flight.py`` is what becomes of a chunk that was given to one.
 """
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
+import functools
 from typing import TYPE_CHECKING, ClassVar
 
-import structlog
-
 from xferd.api.errors import PeerLost, Stale, XferdError
-from xferd.api.proto import peer_v1_pb2 as pb
 from xferd.plugins.base import Backend, BackendStatistics, RemoteSpace, SlotClass, SpaceKind
+from xferd.plugins.begun import told
+from xferd.plugins.movers import MoveCounter
 from xferd.plugins.tcp.exchange import Exchange
+from xferd.plugins.tcp.flight import Flight
 from xferd.plugins.tcp.options import TcpOptions
 from xferd.plugins.tcp.transport import TcpTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable
 
-    from xferd.plugins.base import Chunk, Space
-    from xferd.plugins.tcp.lanes import Lane, Ticket
+    from xferd.plugins.base import Begun, Chunk, Extent, Space
+    from xferd.plugins.tcp.lanes import Lane, LanePool
     from xferd.plugins.tcp.peers import Peer
 
 # Assumed until measured: a round trip through two threads and a loop, one stream of the network, one iovec row.
@@ -31,8 +30,6 @@ BYTES_PER_S = 2e9
 PIECE_S = 0.2e-6
 SMALL_PIECES = 256
 """Most rows, of both sides together, of a small chunk: more of them take longer to look through than to send."""
-
-log = structlog.get_logger("xferd.tcp")
 
 
 class TcpBackend(TcpTransport, Backend):
@@ -47,7 +44,7 @@ class TcpBackend(TcpTransport, Backend):
 
     def __init__(self, options: TcpOptions) -> None:
         super().__init__(options)
-        self._counts = _Counts()
+        self._counter = MoveCounter()
 
     async def start(self) -> None:
         """Read the cluster secret. Raises ``ConfigError`` where there is none."""
@@ -80,39 +77,47 @@ class TcpBackend(TcpTransport, Backend):
 
     def statistics(self) -> BackendStatistics:
         """Return counters of the chunks that this node moved; serving peers does not count."""
-        counts = self._counts
-        lanes = sum(len(pool.lanes) for peer in self._peers() for pool in peer.pools)
-        return BackendStatistics(counts.moved_nbytes, counts.chunks, counts.failures, counts.busy, lanes)
+        return self._counter.snapshot(sum(len(pool.lanes) for peer in self._peers() for pool in peer.pools))
 
     async def move(self, chunk: Chunk) -> int:
-        """Move one chunk over a data lane of the peer, which must be connected.
-
-        Cancelled before the lane began it, nothing happens. Else the exchange may end within ``abort_grace``, or its
-        lane is cut and the peer is asked to confirm that it rests; the cancellation goes on after that.
-        """
-        is_write = isinstance(chunk.target.space, RemoteSpace)
-        remote, local = (chunk.target, chunk.source) if is_write else (chunk.source, chunk.target)
-        assert isinstance(remote.space, RemoteSpace)
-        peer = self._peer_of(remote.space)
-        is_small = self._is_small(chunk.nbytes, len(remote.iov) + len(local.iov))
-        pool = peer.small if is_small else peer.pool
-        assert pool is not None
-        exchange = Exchange.of(chunk, remote, local, peer.identity.epoch, is_write=is_write)
-        self._counts.busy += 1
+        """Move one chunk over a data lane of the peer, which must be connected; cancelled, it rests when it raises."""
+        peer, pool = self._way(chunk)
         try:
             lane = await pool.acquire(chunk.transfer_id)
-            try:
-                moved = await self._exchange(peer, lane, exchange)
-            finally:
-                pool.release(lane)
         except XferdError:
-            self._counts.failures += 1
+            self._counter.failures += 1
             raise
-        finally:
-            self._counts.busy -= 1
-        self._counts.chunks += 1
-        self._counts.moved_nbytes += moved
-        return moved
+        return await told(functools.partial(self._fly, chunk, peer, pool, lane))
+
+    def begin(self, chunk: Chunk, done: Callable[[int | Exception], None]) -> Begun | None:
+        """Give a chunk to a lane, where one is at hand; a lane is waited for, or opened, by ``move``."""
+        peer, pool = self._way(chunk)
+        lane = pool.take(chunk.transfer_id)
+        return None if lane is None else self._fly(chunk, peer, pool, lane, done)
+
+    def _way(self, chunk: Chunk) -> tuple[Peer, LanePool]:
+        """Return the peer of a chunk, and the lanes that are for such a one."""
+        remote = _remote_of(chunk)
+        assert isinstance(remote.space, RemoteSpace)
+        peer = self._peer_of(remote.space)
+        pool = peer.small if self._is_small(chunk.nbytes, len(chunk.source.iov) + len(chunk.target.iov)) else peer.pool
+        assert pool is not None
+        return peer, pool
+
+    def _fly(
+        self, chunk: Chunk, peer: Peer, pool: LanePool, lane: Lane, done: Callable[[int | Exception], None]
+    ) -> Flight:
+        remote = _remote_of(chunk)
+        is_write = remote is chunk.target
+        local = chunk.source if is_write else chunk.target
+        exchange = Exchange.of(chunk, remote, local, peer.identity.epoch, is_write=is_write)
+        try:
+            exchange.check(lane.limits, peer.identity.node)
+        except XferdError:
+            pool.release(lane)
+            self._counter.failures += 1
+            raise
+        return Flight(peer, pool, lane, exchange, done, options=self._options, counter=self._counter, tasks=self._tasks)
 
     def _peer_of(self, space: RemoteSpace) -> Peer:
         peer = self._connected(space.node)
@@ -127,71 +132,9 @@ class TcpBackend(TcpTransport, Backend):
             )
         return peer
 
-    async def _exchange(self, peer: Peer, lane: Lane, exchange: Exchange) -> int:
-        exchange.check(lane.limits, peer.identity.node)
-        ticket = lane.submit(exchange)
-        try:
-            return await ticket.result
-        except asyncio.CancelledError:
-            if not ticket.result.cancelled():
-                ticket.result.exception()  # it ended as we were cancelled, and nobody else asks how
-            if ticket.claim():
-                raise  # the lane has not begun it, and will not
-            await self._see_through(self._bring_to_rest(peer, lane, ticket, exchange))
-            raise
-        except XferdError:
-            # The lane broke, and the peer may still be writing what it had received.
-            must_ask = exchange.is_write and not lane.is_good
-            if must_ask and await self._see_through(self._quiesce_peer(peer, exchange)):
-                raise asyncio.CancelledError from None
-            raise
-
-    async def _bring_to_rest(self, peer: Peer, lane: Lane, ticket: Ticket, exchange: Exchange) -> None:
-        await asyncio.wait([ticket.rest], timeout=self._options.abort_grace)
-        if not ticket.rest.done():
-            lane.abort("the chunk was cancelled")
-            await asyncio.wait([ticket.rest])  # its calls end at once: the socket is shut down
-        if not lane.is_good:
-            await self._quiesce_peer(peer, exchange)
-
-    async def _quiesce_peer(self, peer: Peer, exchange: Exchange) -> None:
-        """Return when the peer confirms that it moves no byte of the transfer any more, or cannot be asked."""
-        control = peer.control
-        if control is None:
-            return
-        transfer_id, cause_id = exchange.request.transfer_id, exchange.request.cause_id
-        request = pb.PeerRequest(cause_id=cause_id, quiesce=pb.Quiesce(transfer_id=transfer_id))
-        try:
-            await control.request(request, self._options.quiesce_timeout)
-        except PeerLost:
-            pass  # it serves nothing of a node whose lanes have gone
-        except XferdError as exc:
-            log.warning(
-                "peer does not confirm that a transfer rests",
-                peer=peer.identity.node,
-                transfer=transfer_id,
-                cause_id=cause_id,
-                error=str(exc),
-            )
-
-    async def _see_through(self, work: Coroutine[object, object, None]) -> bool:
-        """Await ``work`` to its end whatever happens; return whether a cancellation came meanwhile."""
-        task = self._tasks.spawn(work, "xferd-tcp-rest")
-        was_cancelled = False
-        while not task.done():
-            try:
-                await asyncio.shield(task)
-            except asyncio.CancelledError:
-                was_cancelled = True
-        return was_cancelled
-
     def _peers(self) -> list[Peer]:
         return self._home.peers.all() if self._home is not None else []
 
 
-@dataclass(slots=True)
-class _Counts:
-    moved_nbytes: int = 0
-    chunks: int = 0
-    failures: int = 0
-    busy: int = 0
+def _remote_of(chunk: Chunk) -> Extent:
+    return chunk.target if isinstance(chunk.target.space, RemoteSpace) else chunk.source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections import deque
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger("xferd.tcp")
 
 
+EARLY_ROWS = 2048
+"""Rows of a request that the event loop sends itself: 48 KiB, which every socket takes at once."""
+
 WIRE_DEPTH = 2
 """Exchanges of a lane whose requests are sent: one that moves, and one that the peer goes on with at once."""
 
@@ -37,6 +41,7 @@ WIRE_DEPTH = 2
 class _Job:
     exchange: Exchange
     ticket: Ticket
+    answers: Answers | None = None  # of a request that was sent when the lane was given it
 
 
 class ClientLane:
@@ -46,6 +51,9 @@ class ClientLane:
     the last one is complete, so that neither side waits for a round trip between two: the payload of a WRITE goes
     behind that of another, and the request of a READ as soon as there is one. Not the payload of a WRITE behind the
     request of a READ: both sides would send, neither would receive.
+
+    The request of an exchange that finds the lane at rest is sent by the event loop: the peer has begun with it before
+    this node's thread is awake. The stream is the loop's then, because the thread waits for something to do.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class ClientLane:
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._held: _Job | None = None
+        self._last: Ticket | None = None
         self._under_way: deque[tuple[_Job, Answers]] = deque()
         self._request_id = 0
         self._nice = options.nice
@@ -75,11 +84,26 @@ class ClientLane:
     def submit(self, exchange: Exchange) -> Ticket:
         """Give the thread an exchange; on the loop."""
         ticket = Ticket(self._loop)
-        if self.is_good:
-            self._jobs.put(_Job(exchange, ticket))
-        else:  # the thread has left, or is about to
+        if not self.is_good:  # the thread has left, or is about to
             ticket.settle(0, self._not_begun())
+            return ticket
+        job = _Job(exchange, ticket)
+        if self._last is None or self._last.is_settled:  # they end in order
+            self._ask(job)
+        self._last = ticket
+        self._jobs.put(job)
         return ticket
+
+    def _ask(self, job: _Job) -> None:
+        request = job.exchange.request
+        if len(request.offset) > EARLY_ROWS * 8:
+            return
+        job.ticket.claim()
+        self._request_id += 1
+        job.answers = Answers(job.exchange, self._request_id, self.peer.node)
+        nbytes = request.total_nbytes if job.exchange.is_write else 0
+        with contextlib.suppress(PeerLost):  # which the thread is told as well
+            self.stream.send_early(FrameType.DATA_REQUEST, request, request_id=self._request_id, payload_nbytes=nbytes)
 
     def abort(self, reason: str) -> None:
         """End the lane: exchanges under way fail, the thread leaves. Twice is fine."""
@@ -123,14 +147,25 @@ class ClientLane:
     def _begin_what_may(self) -> bool:
         """Begin exchanges as long as there are some and they may go; returns False when the lane is to end."""
         while len(self._under_way) < WIRE_DEPTH and (job := self._next()) is not None:
-            answers = Answers(job.exchange, self._request_id + 1, self.peer.node)
-            is_early = bool(self._under_way)
-            self._under_way.append((job, answers))
-            self._request_id += 1
-            request, payload = job.exchange.request, job.exchange.payload
-            send = self.stream.send_early if is_early and payload is None else self.stream.send
-            send(FrameType.DATA_REQUEST, request, request_id=self._request_id, payload=payload)
+            payload, is_asked = job.exchange.payload, job.answers is not None
+            if job.answers is None:
+                self._request_id += 1
+                job.answers = Answers(job.exchange, self._request_id, self.peer.node)
+            is_early = bool(self._under_way) and payload is None
+            self._under_way.append((job, job.answers))
+            if not is_asked:
+                self._send(job.exchange, is_early=is_early)
+            elif payload is not None:
+                self.stream.send_rest(payload)
         return bool(self._under_way)
+
+    def _send(self, exchange: Exchange, *, is_early: bool) -> None:
+        if is_early:
+            self.stream.send_early(FrameType.DATA_REQUEST, exchange.request, request_id=self._request_id)
+        else:
+            self.stream.send(
+                FrameType.DATA_REQUEST, exchange.request, request_id=self._request_id, payload=exchange.payload
+            )
 
     def _next(self) -> _Job | None:
         """Return what to begin next; waits where nothing is under way, and returns None where there is nothing."""
@@ -146,7 +181,7 @@ class ClientLane:
             if self._under_way and job.exchange.is_write and not self._under_way[-1][0].exchange.is_write:
                 self._held = job
                 return None
-            if job.ticket.claim():  # else it was withdrawn
+            if job.answers is not None or job.ticket.claim():  # else it was withdrawn
                 return job
 
     def _finish(self) -> None:
@@ -172,8 +207,8 @@ class ClientLane:
         left = [self._held]
         while not self._jobs.empty():
             left.append(self._jobs.get_nowait())
-        for job in left:  # given to a lane that had just broken: nothing of it was sent
-            if job is not None and job.ticket.claim():
+        for job in left:  # given to a lane that had just broken: at most its request was sent
+            if job is not None and (job.answers is not None or job.ticket.claim()):
                 job.ticket.settle(0, self._not_begun())
         if not self.left.done():
             self.left.set_result(None)

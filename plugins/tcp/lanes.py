@@ -25,32 +25,42 @@ class Counted(Protocol):
 
 
 class Ticket:
-    """An exchange given to a lane.
+    """An exchange given to a lane. Settled, the lane touches no memory for it.
 
-    ``result`` may be cancelled; ``rest`` is done when the lane touches no memory for it.
+    Attributes:
+        is_settled: whether it has come to rest.
+        moved: bytes, once it has; 0 where it failed.
+        error: why it failed, or None.
     """
 
-    __slots__ = ("_claim", "rest", "result")
+    __slots__ = ("_claim", "_hears", "_loop", "error", "is_settled", "moved")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._claim = threading.Lock()
-        self.result: asyncio.Future[int] = loop.create_future()
-        self.rest: asyncio.Future[None] = loop.create_future()
+        self._hears: Callable[[], None] | None = None
+        self.is_settled = False
+        self.moved = 0
+        self.error: XferdError | None = None
 
     def claim(self) -> bool:
         """Take the right to begin it, or to see that nobody begins it; only the first caller gets it. Thread-safe."""
         return self._claim.acquire(blocking=False)
 
+    def tell(self, hears: Callable[[], None]) -> None:
+        """Have ``hears`` called once it is settled, not from inside this; on the loop."""
+        if self.is_settled:
+            self._loop.call_soon(hears)
+        else:
+            self._hears = hears
+
     def settle(self, moved: int, error: XferdError | None) -> None:
         """Tell how it ended; on the loop. Twice is fine."""
-        if not self.rest.done():
-            self.rest.set_result(None)
-        if self.result.done():
+        if self.is_settled:
             return
-        if error is None:
-            self.result.set_result(moved)
-        else:
-            self.result.set_exception(error)
+        self.is_settled, self.moved, self.error = True, moved, error
+        if self._hears is not None:
+            self._hears()
 
 
 class Lane(Protocol):
@@ -127,6 +137,20 @@ class LanePool:
             self._withdraw(wait)
             raise
         return await self._open(transfer_id) if lane is None else lane
+
+    def take(self, transfer_id: str = "") -> Lane | None:
+        """Return a lane for one exchange if there is one at hand, which nobody waits for; else None.
+
+        Raises:
+            PeerLost: the pool was closed.
+        """
+        self._check()
+        if self._waits:
+            return None
+        lane = self._idle_lane() or self._shared_lane(transfer_id)
+        if lane is not None:
+            self._uses.setdefault(lane, _Use(transfer_id, 0)).exchanges += 1
+        return lane
 
     def release(self, lane: Lane) -> None:
         """Take a lane back, good or not, from one exchange."""

@@ -197,19 +197,22 @@ class BlockingStream:
         vectored.send_all(self._fd, self._heads.table(head, payload), turn_nbytes=self._turn_nbytes)
         self.sent_nbytes += nbytes
 
-    def send_early(
-        self, frame_type: FrameType, message: Message, *, request_id: int, payload: IovTable | None = None
-    ) -> None:
-        """Send as much of a frame as goes without waiting; ``flush`` sends the rest, and so does the next frame.
+    def send_early(self, frame_type: FrameType, message: Message, *, request_id: int, payload_nbytes: int = 0) -> None:
+        """Send as much of a frame's head as goes without waiting; ``flush`` sends the rest, and so does the next frame.
 
-        For a frame that is sent while the other side sends too: if this waited, and the other side's buffer were
-        full, both would wait for ever.
+        For what is sent while the other side sends too: if this waited, and the other side's buffer were full, both
+        would wait for ever. And for the event loop, which must not wait. A payload follows by ``send_rest``.
         """
-        assert payload is None, "only what is small goes early"
         self.flush()
-        head = encode_frame(frame_type, message, request_id=request_id)
+        head = encode_frame(frame_type, message, request_id=request_id, payload_nbytes=payload_nbytes)
         rest = vectored.send_now(self._fd, self._heads.table(head, None))
         self._unsent = rest if len(rest) else None
+
+    def send_rest(self, payload: IovTable) -> None:
+        """Send the payload of a frame whose head went early."""
+        self.flush()
+        vectored.send_all(self._fd, payload, turn_nbytes=self._turn_nbytes)
+        self.sent_nbytes += vectored.total_nbytes(payload)
 
     def flush(self) -> None:
         """Send what ``send_early`` left."""

@@ -467,12 +467,13 @@ async def _check_begun_fails(rig: Rig, pair: Pair) -> None:
 
 
 async def _check_aborted(backend: Backend, source: Arena, target: Arena, turns: int) -> None:
+    whole = [(0, source.nbytes)]
+    # So that connections are up, without which chunks are left to ``move``.
+    await asyncio.gather(*(backend.move(_chunk(source, target, whole, whole, f"w{number}")) for number in range(4)))
     source.fill(pattern(source.nbytes, 5))
     target.fill(pattern(target.nbytes, 6))
-    whole = [(0, source.nbytes)]
-    begun = [_begin(backend, _chunk(source, target, whole, whole, f"b{number}")) for number in range(4)]
-    if None in begun:
-        return
+    tried = [_begin(backend, _chunk(source, target, whole, whole, f"b{number}")) for number in range(4)]
+    begun = [ends for ends in tried if ends is not None]  # more than there is room for are left to ``move``, too
     for _ in range(turns):
         await asyncio.sleep(0)
     for ends in begun:
