@@ -50,6 +50,7 @@ class FaultProxy:
     heads: list[bytes] = field(default_factory=list)
     active: int = 0
     peak: int = 0
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     @property
     def endpoint(self) -> str:
@@ -65,6 +66,7 @@ class FaultProxy:
         return None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             try:
                 while await self._one(reader, writer):
@@ -105,6 +107,7 @@ class FaultProxy:
         self, rule: Rule | None, method: str, head: bytes, body: bytes, writer: asyncio.StreamWriter
     ) -> bool:
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.upstream_port)
+        self.writers.append(up_writer)
         try:
             up_writer.write(head + body)
             await up_writer.drain()
@@ -164,3 +167,7 @@ async def fault_proxy(upstream_port: int) -> AsyncIterator[FaultProxy]:
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in proxy.writers:  # some are still closing, which ends with a turn of the loop
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
