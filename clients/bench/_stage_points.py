@@ -76,8 +76,8 @@ GRPC_STAGES = (
 
 REMOTE_POINTS = (
     *THREADS_POINTS[:2],
-    "begin=xferd.plugins.tcp.backend:TcpBackend.move:enter",
-    "asked=xferd.plugins.tcp.streams:BlockingStream.send:enter",
+    "begin=xferd.plugins.tcp.backend:TcpBackend.begin:enter",
+    "asked=xferd.plugins.tcp.streams:BlockingStream.send_early:enter",
     "serving=xferd.plugins.tcp.server:ServedLane._serve:enter",
     "ended=xferd.plugins.tcp.exchange:Answers._end:enter",
     "settled=xferd.plugins.tcp.lanes:Ticket.settle:enter",
@@ -92,13 +92,12 @@ READ_POINTS = (
 WRITE_POINTS = (
     *REMOTE_POINTS,
     "granted=xferd.plugins.tcp.server:ServedLane._fill_windows:enter",
-    "poured=xferd.plugins.tcp.streams:BlockingStream.send:exit",
     "filled=xferd.plugins.tcp.server:ServedLane._fill_windows:exit",
 )
 _ASKED = (
     *THREADS_STAGES[:3],
-    Stage("begin", "daemon", "check state and rights, hold the regions, take a slot, start a task for the chunk"),
-    Stage("asked", "daemon", "build the request, take a lane, wake its thread"),
+    Stage("begin", "daemon", "check state and rights, hold the regions, take a slot, arm the deadline"),
+    Stage("asked", "daemon", "take a lane, build the request"),
     Stage("serving", "both", "send the request; the peer's thread wakes up and reads it"),
     Stage("granted", "peer", "decode it; check rights, generations and epoch; look up the addresses"),
 )
@@ -115,8 +114,7 @@ READ_STAGES = (
 )
 WRITE_STAGES = (
     *_ASKED,
-    Stage("poured", "both", "4 MiB: into the socket here, and out of it there"),
-    Stage("filled", "peer", "the last of it out of the socket"),
+    Stage("filled", "both", "4 MiB: the lane's thread wakes up; into the socket here, and out of it there"),
     *_ENDED,
 )
 
