@@ -94,6 +94,7 @@ def transfer_request_to_message(request: t.TransferRequest, *, wait_s: float = 0
         verify=request.verify,
         wait_event=request.wait_event,
         done_event=request.done_event,
+        durable=request.durable,
         wait_s=wait_s,
     )
 
@@ -120,6 +121,7 @@ def transfer_request_from_message(message: pb.SubmitRequest, max_descriptors: in
         verify=message.verify,
         wait_event=message.wait_event,
         done_event=message.done_event,
+        durable=message.durable,
     )
 
 

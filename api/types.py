@@ -369,7 +369,7 @@ class TransferRequest:
 
     ``verify`` has what is read from storage pools compared with its checksums before DONE is told. ``wait_event`` and
     ``done_event`` are events of the session, 0: none: chunks that touch GPU memory wait for the first and record the
-    second.
+    second. ``durable`` has what is written to files put on the disk before DONE is told; elsewhere it means nothing.
     """
 
     op: TransferOp
@@ -385,6 +385,7 @@ class TransferRequest:
     verify: bool = False
     wait_event: int = 0
     done_event: int = 0
+    durable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -392,12 +392,18 @@ def _packed(options: TransferOptions) -> bytes:
     """Return what has no field of its own in a SUBMIT; nothing, mostly."""
     key, cause_id, backend = options.get("key", ""), options.get("cause_id", ""), options.get("backend", "")
     notification = notification_of(options)
-    verify = options.get("verify", False)
+    verify, durable = options.get("verify", False), options.get("durable", False)
     wait_event, done_event = event_number(options.get("wait_event", 0)), event_number(options.get("done_event", 0))
-    if not (key or cause_id or backend or verify or wait_event or done_event) and notification is None:
+    if not (key or cause_id or backend or verify or durable or wait_event or done_event) and notification is None:
         return b""
     message = RingOptions(
-        key=key, cause_id=cause_id, backend=backend, verify=verify, wait_event=wait_event, done_event=done_event
+        key=key,
+        cause_id=cause_id,
+        backend=backend,
+        verify=verify,
+        durable=durable,
+        wait_event=wait_event,
+        done_event=done_event,
     )
     if notification is not None:
         message.notification.CopyFrom(wire.notification_to_message(notification))

@@ -100,6 +100,7 @@ class TransferOptions(TypedDict, total=False):
         backend: pins the backend that moves; "" lets the planner choose.
         cause_id: stands in the logs of both nodes; "" lets the daemon make one.
         verify: compare what is read from storage pools with its checksums; the transfer fails where they differ.
+        durable: what is written to files is on the disk before the transfer is DONE; it fails where the disk says no.
         wait_event: of ``open_event``: what touches GPU memory waits for its last record before the transfer was posted.
         done_event: of ``make_event``: what touches GPU memory records it when it has ended.
     """
@@ -111,6 +112,7 @@ class TransferOptions(TypedDict, total=False):
     backend: str
     cause_id: str
     verify: bool
+    durable: bool
     wait_event: Event | int
     done_event: Event | int
 
@@ -145,6 +147,7 @@ def transfer_request(
         notification=notification_of(options),
         backend=options.get("backend", ""),
         verify=options.get("verify", False),
+        durable=options.get("durable", False),
         hold=hold,
         wait_event=event_number(options.get("wait_event", 0)),
         done_event=event_number(options.get("done_event", 0)),

@@ -246,7 +246,9 @@ class Chunk:
     Totals are equal; rows need not pair up. ``agent`` is on whose behalf; ``cause_id`` goes into every log line and
     to the other node. Events are numbers of a ``DeviceMemory``, 0 for none: what reads or writes GPU memory waits for
     the first before it begins, and records the second at its end. ``verify``: another node compares what it sends from
-    a storage pool with its checksums first. ``sums``: what may be summed on the way; leaving it alone is right too.
+    a storage pool with its checksums first. ``durable``: another node has what it writes to files on the disk before it
+    answers; files of this node are left to the leg. ``sums``: what may be summed on the way; leaving it alone is right
+    too.
     """
 
     source: Extent
@@ -258,14 +260,16 @@ class Chunk:
     wait_event: int = 0
     done_event: int = 0
     verify: bool = False
+    durable: bool = False
     sums: BlockSums | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LegScope:
-    """One leg of a transfer as a backend that is transactional sees it: all that its chunks are going to move.
+    """One leg of a transfer as the backend sees it that opens it: all that its chunks are going to move.
 
-    ``source`` or ``target`` is None where it is staging memory, which is another piece for each chunk.
+    ``source`` or ``target`` is None where it is staging memory, which is another piece for each chunk. ``durable``: the
+    target is a file, and ``commit`` must put on the disk what was written to it.
     """
 
     source: Extent | None
@@ -274,6 +278,7 @@ class LegScope:
     transfer_id: str
     cause_id: str
     agent: str = ""
+    durable: bool = False
 
 
 class Begun(abc.ABC):
@@ -345,7 +350,7 @@ class Backend(abc.ABC):
 
     is_transactional: ClassVar[bool] = False
     """Whether a leg must be opened (``open_leg``) before its chunks move, because what it writes appears as a whole or
-    not at all. If false the runner calls ``move`` for each chunk, and nothing else."""
+    not at all. If false the runner calls ``move`` for each chunk, and nothing else; but see ``needs_leg``."""
 
     @abc.abstractmethod
     async def start(self) -> None:
@@ -441,8 +446,23 @@ class Backend(abc.ABC):
         """
         return source, target
 
+    def can_flush(self) -> bool:
+        """Return whether the commit of a ``durable`` leg puts on the disk what was written to a file.
+
+        If false, nothing that must be durable goes to a file by this backend: the runner takes another route, or fails
+        the transfer.
+        """
+        return False
+
+    def needs_leg(self, target: Space, *, durable: bool) -> bool:
+        """Return whether a leg must be opened before chunks move to a space; called for each transfer, must not block.
+
+        ``durable`` as in a ``LegScope``; a backend that cannot flush is not asked for it.
+        """
+        return self.is_transactional or durable
+
     async def open_leg(self, scope: LegScope) -> OpenLeg:
-        """Begin a leg; called by the runner before its first chunk, where ``is_transactional``. Cancel-safe.
+        """Begin a leg; called by the runner before its first chunk, where ``needs_leg`` says so. Cancel-safe.
 
         Raises:
             InvalidArgument: see ``arrange``.

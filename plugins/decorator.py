@@ -61,6 +61,14 @@ class BackendDecorator(Backend):
         """Return the inner backend's limits."""
         return self.inner.chunk_limits(source, target)
 
+    def can_flush(self) -> bool:
+        """Return what the inner backend says."""
+        return self.inner.can_flush()
+
+    def needs_leg(self, target: Space, *, durable: bool) -> bool:
+        """Return what the inner backend says."""
+        return self.inner.needs_leg(target, durable=durable)
+
     async def open_leg(self, scope: LegScope) -> OpenLeg:
         """Open the inner backend's leg, which this does not change: its chunks go past ``move``."""
         return await self.inner.open_leg(scope)

@@ -208,6 +208,20 @@ def write_file(fd: int, offset: int, source: IovTable) -> int:
     return done
 
 
+def flush_file(fd: int, path: str) -> None:
+    """Put on the disk what was written to a file, by whichever descriptor (``fdatasync``).
+
+    Waits as long as the disk takes.
+
+    Raises:
+        MoveFailed: the disk said no, for example EIO; ``__cause__`` is the OSError.
+    """
+    try:
+        os.fdatasync(fd)
+    except OSError as exc:
+        raise MoveFailed(f"fdatasync of {path}: {exc.strerror}", remedy="check the file system") from exc
+
+
 def send_all(sock_fd: int, source: IovTable, *, more: bool = False, turn_nbytes: int = MAX_CALL_NBYTES) -> int:
     """Send a table's bytes on a blocking stream socket; returns their number, all of them.
 

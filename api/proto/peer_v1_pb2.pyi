@@ -395,6 +395,7 @@ class DataRequest(google.protobuf.message.Message):
     TOTAL_NBYTES_FIELD_NUMBER: builtins.int
     AGENT_FIELD_NUMBER: builtins.int
     VERIFY_FIELD_NUMBER: builtins.int
+    DURABLE_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     cause_id: builtins.str
     op: xferd.api.proto.xferd_v1_pb2.TransferOp.ValueType
@@ -408,6 +409,8 @@ class DataRequest(google.protobuf.message.Message):
     """on whose behalf, for the log"""
     verify: builtins.bool
     """READ: what lies in storage pools is compared with its checksums before a byte is sent"""
+    durable: builtins.bool
+    """WRITE: what lies in files is on the disk (fdatasync) before the answer"""
     def __init__(
         self,
         *,
@@ -421,8 +424,9 @@ class DataRequest(google.protobuf.message.Message):
         total_nbytes: builtins.int = ...,
         agent: builtins.str = ...,
         verify: builtins.bool = ...,
+        durable: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent", b"agent", "cause_id", b"cause_id", "epoch", b"epoch", "nbytes", b"nbytes", "offset", b"offset", "op", b"op", "region", b"region", "total_nbytes", b"total_nbytes", "transfer_id", b"transfer_id", "verify", b"verify"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent", b"agent", "cause_id", b"cause_id", "durable", b"durable", "epoch", b"epoch", "nbytes", b"nbytes", "offset", b"offset", "op", b"op", "region", b"region", "total_nbytes", b"total_nbytes", "transfer_id", b"transfer_id", "verify", b"verify"]) -> None: ...
 
 Global___DataRequest: typing_extensions.TypeAlias = DataRequest
 

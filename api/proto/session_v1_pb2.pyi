@@ -252,6 +252,7 @@ class RingOptions(google.protobuf.message.Message):
     VERIFY_FIELD_NUMBER: builtins.int
     WAIT_EVENT_FIELD_NUMBER: builtins.int
     DONE_EVENT_FIELD_NUMBER: builtins.int
+    DURABLE_FIELD_NUMBER: builtins.int
     key: builtins.str
     cause_id: builtins.str
     backend: builtins.str
@@ -259,6 +260,7 @@ class RingOptions(google.protobuf.message.Message):
     wait_event: builtins.int
     """see SubmitRequest"""
     done_event: builtins.int
+    durable: builtins.bool
     @property
     def notification(self) -> xferd.api.proto.xferd_v1_pb2.Notification: ...
     def __init__(
@@ -271,9 +273,10 @@ class RingOptions(google.protobuf.message.Message):
         verify: builtins.bool = ...,
         wait_event: builtins.int = ...,
         done_event: builtins.int = ...,
+        durable: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["notification", b"notification"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "done_event", b"done_event", "key", b"key", "notification", b"notification", "verify", b"verify", "wait_event", b"wait_event"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "done_event", b"done_event", "durable", b"durable", "key", b"key", "notification", b"notification", "verify", b"verify", "wait_event", b"wait_event"]) -> None: ...
 
 Global___RingOptions: typing_extensions.TypeAlias = RingOptions
 

@@ -1421,6 +1421,7 @@ class SubmitRequest(google.protobuf.message.Message):
     VERIFY_FIELD_NUMBER: builtins.int
     WAIT_EVENT_FIELD_NUMBER: builtins.int
     DONE_EVENT_FIELD_NUMBER: builtins.int
+    DURABLE_FIELD_NUMBER: builtins.int
     op: Global___TransferOp.ValueType
     key: builtins.str
     """idempotency: the same key in this session gives the same transfer"""
@@ -1440,6 +1441,8 @@ class SubmitRequest(google.protobuf.message.Message):
     recorded when the transfer is posted, and record the second when they have ended. 0: none.
     """
     done_event: builtins.int
+    durable: builtins.bool
+    """what is written to files is on the disk (fdatasync) before DONE"""
     @property
     def local(self) -> Global___DescriptorList: ...
     @property
@@ -1467,9 +1470,10 @@ class SubmitRequest(google.protobuf.message.Message):
         verify: builtins.bool = ...,
         wait_event: builtins.int = ...,
         done_event: builtins.int = ...,
+        durable: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["local", b"local", "notification", b"notification", "remote", b"remote"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "done_event", b"done_event", "hold", b"hold", "key", b"key", "local", b"local", "notification", b"notification", "op", b"op", "priority", b"priority", "remote", b"remote", "timeout_s", b"timeout_s", "verify", b"verify", "wait_event", b"wait_event", "wait_s", b"wait_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cause_id", b"cause_id", "done_event", b"done_event", "durable", b"durable", "hold", b"hold", "key", b"key", "local", b"local", "notification", b"notification", "op", b"op", "priority", b"priority", "remote", b"remote", "timeout_s", b"timeout_s", "verify", b"verify", "wait_event", b"wait_event", "wait_s", b"wait_s"]) -> None: ...
 
 Global___SubmitRequest: typing_extensions.TypeAlias = SubmitRequest
 

@@ -394,6 +394,7 @@ class TransferBody(Body):
     notification: NotificationBody | None = None
     backend: str = ""
     verify: bool = False
+    durable: bool = False
     wait_event: Integer = 0
     done_event: Integer = 0
 
@@ -410,6 +411,7 @@ class TransferBody(Body):
             notification=self.notification.to_notification() if self.notification else None,
             backend=self.backend,
             verify=self.verify,
+            durable=self.durable,
             wait_event=self.wait_event,
             done_event=self.done_event,
             hold=hold,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from xferd.api.types import TransferStatus
     from xferd.clients.ctl._output import Output
     from xferd.clients.sync import Client
+    from xferd.clients.transfers import TransferOptions
 
 COPY_TIMEOUT_S = 3600.0
 EXIT_INTERRUPTED = 130
@@ -60,6 +61,7 @@ def cp(
         Duration,
         typer.Option(parser=seconds, metavar="DURATION", help="The copy fails if it takes longer.", show_default="1h"),
     ] = COPY_TIMEOUT_S,
+    durable: Annotated[bool, typer.Option("--durable", help="A file is on the disk when the copy ends.")] = False,
 ) -> None:
     """Copy between files and regions.
 
@@ -69,7 +71,8 @@ def cp(
     settings: Settings = ctx.obj
     with attach(settings) as client:
         move = _moves.copy_between(client, source, target, nbytes)
-        status = _copy(client, move, backend, timeout, settings.output, f"{source} > {target}")
+        options: TransferOptions = {"backend": backend, "timeout_s": timeout, "durable": durable}
+        status = _copy(client, move, options, settings.output, f"{source} > {target}")
     settings.output.show(status, lambda: Text(_tables.copied(status, str(source), str(target))))
     if status.state is TransferState.CANCELLED:
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -103,15 +106,13 @@ def estimate(
     settings.output.show(answer, lambda: _tables.estimate(answer))
 
 
-def _copy(
-    client: Client, move: _moves.Move, backend: str, timeout_s: float, output: Output, title: str
-) -> TransferStatus:
+def _copy(client: Client, move: _moves.Move, options: TransferOptions, output: Output, title: str) -> TransferStatus:
     """Run a copy under a progress bar; returns the status of one that is done, or was interrupted.
 
     Raises:
         XferdError: what the transfer failed with; the message says how far it had come.
     """
-    with client.transfer(move.op, move.local, move.remote, timeout_s=timeout_s, backend=backend) as transfer:
+    with client.transfer(move.op, move.local, move.remote, **options) as transfer:
         with _bar(output) as bar:
             task = bar.add_task(title, total=move.nbytes)
             try:

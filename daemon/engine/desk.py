@@ -361,6 +361,8 @@ class TransferDesk:
                 )
             self._forget(oldest)
         transfer_id = TransferId(secrets.token_hex(8))
+        is_enclosed = self._runner.is_enclosed(plan, durable=request.durable)
+        is_plain = request.notification is None and not has_events and not is_enclosed
         transfer = Transfer(
             id=transfer_id,
             session=session,
@@ -376,10 +378,11 @@ class TransferDesk:
             plan=plan,
             created_at=self._runner.clock(),
             verify=request.verify,
+            durable=request.durable,
             wait_event=request.wait_event,
             done_event=request.done_event,
-            is_enclosed=self._runner.is_enclosed(plan),
-            quick=None if request.notification is not None or has_events else self._runner.quick(plan, caller.agent),
+            is_enclosed=is_enclosed,
+            quick=self._runner.quick(plan, caller.agent) if is_plain else None,
         )
         self._machine.add(transfer)
         mine[transfer_id] = transfer

@@ -61,6 +61,7 @@ def digest_of(request: TransferRequest) -> bytes:
         request.verify,
         request.wait_event,
         request.done_event,
+        request.durable,
     )
     state.update(repr(rest).encode())
     return state.digest()

@@ -55,7 +55,7 @@ class Transfer:
 
     ``quick``, where it is set, moves all of the plan's bytes within one short call; see ``moved_at_once``.
     ``is_enclosed`` says that something surrounds the chunks of each post, which must be settled before the end
-    (``passage.py``); ``verify``, that what is read must be proven.
+    (``passage.py``); ``verify``, that what is read must be proven; ``durable``, that files are flushed before DONE.
     """
 
     id: TransferId
@@ -81,6 +81,7 @@ class Transfer:
     routes_tried: list[str] = field(default_factory=list)
     moved_nbytes: int = 0
     verify: bool = False
+    durable: bool = False
     wait_event: int = 0
     done_event: int = 0
     is_enclosed: bool = False

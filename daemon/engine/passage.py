@@ -1,8 +1,9 @@
 """What surrounds the chunks of one post: proof tickets and legs, opened before the first byte and ended after the last.
 
-Most transfers have none of it. Legs are opened where a backend is transactional (an object appears as a whole or not at
-all); tickets are for storage pools, whose bytes are proven before DONE is told. The machine says when to settle and
-whether to commit; the runner does it by this.
+Most transfers have none of it. Legs are opened where a backend needs that: an object appears as a whole or not at all,
+and the file of a durable transfer is put on the disk. Tickets are for storage pools, whose bytes are proven before DONE
+is told, and on the disk then in any case. The machine says when to settle and whether to commit; the runner does it by
+this.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from xferd.plugins.base import LegScope
+from xferd.api.errors import Unsupported
+from xferd.plugins.base import FileSpace, LegScope, MappedSpace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -20,15 +22,22 @@ if TYPE_CHECKING:
     from xferd.daemon.engine.machine import Transfer
     from xferd.daemon.engine.plan import Leg, Plan, Route
     from xferd.daemon.engine.sealing import ReadTicket, Sealer, WriteTicket
-    from xferd.plugins.base import Backend, Chunk, Extent, OpenLeg
+    from xferd.plugins.base import Backend, Chunk, Extent, OpenLeg, Space
 
     Move: TypeAlias = Callable[[Chunk], Awaitable[int]]
 
 
-def is_needed(plan: Plan, backends: Mapping[str, Backend], sealer: Sealer) -> bool:
+def is_needed(plan: Plan, backends: Mapping[str, Backend], sealer: Sealer, *, durable: bool) -> bool:
     """Whether posts of a plan have anything to open and to settle."""
-    return sealer.concerns([*_sources(plan), *_targets(plan)]) or any(
-        backends[name].is_transactional for leg in plan.legs for route in leg.routes for name in route.backends
+    if sealer.concerns([*_sources(plan), *_targets(plan)]):
+        return True
+    if durable and any(isinstance(target.space, FileSpace) for target in _targets(plan)):
+        return True
+    return any(
+        backends[name].needs_leg(_target(leg, route, hop), durable=False)
+        for leg in plan.legs
+        for route in leg.routes
+        for hop, name in enumerate(route.backends)
     )
 
 
@@ -40,6 +49,7 @@ class Passage:
         self._plan = transfer.plan
         self._ids = transfer.wire_id, transfer.cause_id, transfer.agent
         self._verify = transfer.verify
+        self._durable = transfer.durable
         self._backends = backends
         self._sealer = sealer
         self._lock = asyncio.Lock()  # hands out moves in the order of the chunks that ask
@@ -93,9 +103,17 @@ class Passage:
             self._sealer.abandon(ticket)
 
     async def _move(self, number: int, leg: Leg, route: Route, hop: int) -> Move:
-        name = route.backends[hop]
-        backend = self._backends[name]
-        move = (await self._leg(number, leg, route, hop)).move if backend.is_transactional else backend.move
+        backend = self._backends[route.backends[hop]]
+        target = _target(leg, route, hop)
+        durable = self._durable and isinstance(target, FileSpace) and not self._sealer.concerns([leg.target])
+        if durable and not backend.can_flush():
+            raise Unsupported(
+                f"{backend.name} does not put on the disk what it writes to {target}",
+                remedy="leave the route to the planner, or 'durable' out",
+            )
+        move = backend.move
+        if backend.needs_leg(target, durable=durable):
+            move = (await self._leg(number, leg, route, hop, durable=durable)).move
         if not self._sealer.concerns([leg.source, leg.target]):
             return move
         return self._proven(move, is_first=hop == 0, is_last=hop == len(route.hops) - 1)
@@ -116,7 +134,7 @@ class Passage:
 
         return moved
 
-    async def _leg(self, number: int, leg: Leg, route: Route, hop: int) -> OpenLeg:
+    async def _leg(self, number: int, leg: Leg, route: Route, hop: int, *, durable: bool) -> OpenLeg:
         name = route.backends[hop]
         key = number, f"{hop} {name}"
         if key not in self._open:
@@ -126,9 +144,15 @@ class Passage:
                     leg.target if hop == len(route.hops) - 1 else None,
                     leg.cuts[-1],
                     *self._ids,
+                    durable,
                 )
             )
         return self._open[key]
+
+
+def _target(leg: Leg, route: Route, hop: int) -> Space:
+    """Return where a hop of a route goes to: staging memory, or the leg's target for the last."""
+    return leg.target.space if hop == len(route.hops) - 1 else MappedSpace()
 
 
 def _sources(plan: Plan) -> list[Extent]:

@@ -133,9 +133,9 @@ class Runner:
             return None
         return self._backends[route.backends[0]].move_now(leg.source, leg.target, agent)
 
-    def is_enclosed(self, plan: Plan) -> bool:
+    def is_enclosed(self, plan: Plan, *, durable: bool) -> bool:
         """Whether something must be opened before a plan's chunks move, and settled afterwards."""
-        return is_needed(plan, self._backends, self._sealer)
+        return is_needed(plan, self._backends, self._sealer, durable=durable)
 
     def post_quick(self, transfer: Transfer) -> bool:
         """Post a transfer by its quick move; False if that failed, and nothing has happened to its state.
@@ -294,6 +294,7 @@ class Runner:
             transfer.wait_event,
             transfer.done_event,
             transfer.verify,
+            transfer.durable,
         )
 
     @staticmethod

@@ -38,7 +38,7 @@ from xferd.daemon.memory.holding import (
     may_see,
     names_of,
 )
-from xferd.daemon.memory.resolving import Resolved, passes_end, resolve_in, slots_of
+from xferd.daemon.memory.resolving import Resolved, only_region, resolve_in, resolve_within, slots_of
 from xferd.daemon.memory.slots import SlotTable, slot_of
 
 if TYPE_CHECKING:
@@ -316,25 +316,11 @@ class RegionTable:
 
     def _resolve_in_one(self, descriptors: DescriptorList) -> Resolved | None:
         """Resolve a list within one region without a copy of the table, or leave it to the way that knows why not."""
-        regions = descriptors.region
-        region = int(regions[0])
-        if len(regions) > 1 and not (regions == regions[0]).all():
+        if (region := only_region(descriptors)) is None:
             return None
         with self._lock:
             span = self._slots.span_of(region)
-        if span is None:
-            return None
-        base, size, space = span
-        if len(regions) == 1:  # without numpy's price for each step
-            offset, nbytes = int(descriptors.offset[0]), int(descriptors.nbytes[0])
-            if offset + nbytes > size:
-                return None
-            position = np.array([base + offset], dtype=np.uint64)
-        else:
-            if passes_end(descriptors, np.uint64(size)).any():
-                return None
-            position = descriptors.offset + np.uint64(base)
-        return Resolved(position, descriptors.nbytes, None, (space,), (RegionId(region),))
+        return None if span is None else resolve_within(region, span, descriptors)
 
     # --------------------------------------------------------------------------------------------- holds
 

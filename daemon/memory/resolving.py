@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xferd.api.errors import OutOfBounds
+from xferd.api.types import RegionId
 from xferd.daemon.memory.slots import SLOT_MASK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from xferd.api.descriptors import Column, DescriptorList
-    from xferd.api.types import RegionId
     from xferd.daemon.memory.slots import Window
     from xferd.plugins.base import Space
 
@@ -44,6 +44,27 @@ class Resolved:
 def slots_of(region: Column) -> NDArray[np.intp]:
     """Return the slot of each region id."""
     return (region & np.uint64(SLOT_MASK)).astype(np.intp)
+
+
+def only_region(descriptors: DescriptorList) -> int | None:
+    """Return the region of all rows, or None where there are several."""
+    regions = descriptors.region
+    return int(regions[0]) if len(regions) == 1 or (regions == regions[0]).all() else None
+
+
+def resolve_within(region: int, span: tuple[int, int, Space], descriptors: DescriptorList) -> Resolved | None:
+    """Resolve a list of one region, whose base, nbytes and space are ``span``; None where a row passes its end."""
+    base, size, space = span
+    if len(descriptors) == 1:  # without numpy's price for each step
+        offset, nbytes = int(descriptors.offset[0]), int(descriptors.nbytes[0])
+        if offset + nbytes > size:
+            return None
+        position = np.array([base + offset], dtype=np.uint64)
+    else:
+        if _passes_end(descriptors, np.uint64(size)).any():
+            return None
+        position = descriptors.offset + np.uint64(base)
+    return Resolved(position, descriptors.nbytes, None, (space,), (RegionId(region),))
 
 
 def resolve_in(window: Window, slots: NDArray[np.intp], descriptors: DescriptorList) -> Resolved | int:
@@ -80,7 +101,7 @@ def _present(window: Window, numbers: list[int]) -> tuple[Space, ...]:
     return tuple(space for space in spaces if space is not None)  # never None: a live region keeps its space
 
 
-def passes_end(descriptors: DescriptorList, size: Column | np.uint64) -> NDArray[np.bool_]:
+def _passes_end(descriptors: DescriptorList, size: Column | np.uint64) -> NDArray[np.bool_]:
     """Return for each row whether it passes the end of its region, which has that size."""
     offset, nbytes = descriptors.offset, descriptors.nbytes
     return (offset > size) | (nbytes > size - offset)  # the right side wraps only where the left is true
@@ -88,7 +109,7 @@ def passes_end(descriptors: DescriptorList, size: Column | np.uint64) -> NDArray
 
 def _check_bounds(descriptors: DescriptorList, size: Column) -> None:
     offset, nbytes = descriptors.offset, descriptors.nbytes
-    over = passes_end(descriptors, size)
+    over = _passes_end(descriptors, size)
     if not over.any():
         return
     row = int(np.argmax(over))

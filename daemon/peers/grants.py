@@ -17,7 +17,7 @@ from xferd.api.descriptors import coalesce
 from xferd.api.errors import Unsupported
 from xferd.api.types import TransferOp
 from xferd.plugins.base import DeviceSpace, Extent, FileSpace, MappedSpace, ObjectSpace, ProcessSpace, RemoteSpace
-from xferd.plugins.vectored import copy_process, read_file, write_file
+from xferd.plugins.vectored import copy_process, flush_file, read_file, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -90,6 +90,7 @@ class PeerGrant:
         sealer: keeps the proof of what lies in storage pools; None where there are none.
         devices: reaches GPU memory; None where there is none.
         verify: the peer wants proof of what it reads from storage pools.
+        durable: the peer wants what it writes to files on the disk before it is answered.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class PeerGrant:
         sealer: LaneSealer | None = None,
         devices: DeviceLane | None = None,
         verify: bool = False,
+        durable: bool = False,
     ) -> None:
         self.nbytes = nbytes
         self._runs = runs_of(resolved)
@@ -116,6 +118,7 @@ class PeerGrant:
         self._sealer = sealer
         self._devices = devices
         self._verify = verify
+        self._durable = durable
         self._ticket: WriteTicket | None = None
         self._slot: StagingSlot | None = None
         self._closed = False
@@ -124,7 +127,8 @@ class PeerGrant:
         """Yield tables of this process's memory, in list order; see ``Grant.windows``.
 
         What lies in storage pools is proven: a write's bytes before the last ``next`` returns, so that the peer hears
-        of it only then; those of a read before the first one, where the peer asks or the pool verifies every read.
+        of it only then; those of a read before the first one, where the peer asks or the pool verifies every read. A
+        durable write's bytes in other files are put on the disk before the last ``next`` returns.
         """
         if self._sealer is not None and self._op is TransferOp.WRITE:
             self._ticket = self._sealer.begin(self._runs)
@@ -135,6 +139,8 @@ class PeerGrant:
                 yield run.iov
             else:
                 yield from self._staged(run)
+        if self._durable and self._op is TransferOp.WRITE:
+            self._flush()
         ticket, self._ticket = self._ticket, None
         if self._sealer is not None and ticket is not None:
             self._sealer.seal(ticket)
@@ -151,6 +157,18 @@ class PeerGrant:
                 self._staging.give_back(self._slot)
         finally:
             self._on_close()
+
+    def _flush(self) -> None:
+        """Put on the disk what was written to files, each once; those of storage pools are, once they are sealed.
+
+        Raises:
+            MoveFailed: a disk said no.
+        """
+        sealer = self._sealer
+        written = [run for run in self._runs if sealer is None or not sealer.concerns([run])]
+        files = {run.space for run in written if isinstance(run.space, FileSpace)}
+        for file in files:
+            flush_file(file.fd, file.path)
 
     def _staged(self, run: Extent) -> Iterator[IovTable]:
         stager, total = self._stager(run.space), run.nbytes

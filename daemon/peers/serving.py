@@ -322,6 +322,7 @@ class PeerServing:
             sealer=self._sealer,
             devices=self._devices,
             verify=request.verify,
+            durable=request.durable,
         )
 
     def _parse(self, request: peer_pb.DataRequest) -> DescriptorList:

@@ -278,6 +278,7 @@ class Ring:
             else None,
             backend=options.backend,
             verify=options.verify,
+            durable=options.durable,
             wait_event=options.wait_event,
             done_event=options.done_event,
             hold=bool(flags & SubmissionFlag.HOLD),

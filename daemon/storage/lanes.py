@@ -22,9 +22,13 @@ class LaneSealer:
         self._sealer = sealer
         self._loop = asyncio.get_running_loop()
 
+    def concerns(self, extents: Sequence[Extent]) -> bool:
+        """Whether any of the extents lies in a pool that keeps proof; does not block."""
+        return self._sealer.concerns(extents)
+
     def begin(self, extents: Sequence[Extent]) -> WriteTicket | None:
         """Begin a write and return its ticket, None where nothing keeps proof. Blocks; errors as ``Sealer.begin``."""
-        if not self._sealer.concerns(extents):
+        if not self.concerns(extents):
             return None
         return asyncio.run_coroutine_threadsafe(self._sealer.begin(extents), self._loop).result()
 
@@ -41,5 +45,5 @@ class LaneSealer:
 
         Blocks; errors as ``Sealer.verify``.
         """
-        if self._sealer.concerns(extents):
+        if self.concerns(extents):
             asyncio.run_coroutine_threadsafe(self._sealer.verify(extents, is_asked=is_asked), self._loop).result()

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from xferd.api.errors import ConfigError, Unsupported
-from xferd.plugins.base import SlotClass, SpaceKind
+from xferd.plugins.base import FileSpace, SlotClass, SpaceKind
 from xferd.plugins.cuda.backend import CudaBackend, device_of
 from xferd.plugins.decorator import BackendDecorator
-from xferd.plugins.movers import MoveCounter
+from xferd.plugins.flushing import FlushedLeg
+from xferd.plugins.movers import MoveCounter, MoverPool
 from xferd.plugins.options import Options
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from xferd.plugins.base import Backend, BackendStatistics, Begun, Chunk, Space
+    from xferd.plugins.base import Backend, BackendStatistics, Begun, Chunk, LegScope, OpenLeg, Space
     from xferd.plugins.cuda.control import Ready
 
 # Guesses: a call of kvikio for each piece, and an NVMe disk. The engine learns better ones.
@@ -54,6 +55,7 @@ class GdsBackend(BackendDecorator):
         self.cuda = inner
         self._slots = options.slots
         self._counter = MoveCounter()
+        self._flushers = MoverPool(self.name, 1)
         inner.manager.with_files = True
 
     @classmethod
@@ -61,6 +63,11 @@ class GdsBackend(BackendDecorator):
         """Return "cuda": its workers, and its registry of memory."""
         del options
         return CudaBackend.name
+
+    async def aclose(self) -> None:
+        """End the thread that flushes files; ``cuda`` is closed by who owns it."""
+        await self._flushers.aclose()
+        await super().aclose()
 
     def pairs(self) -> frozenset[tuple[SpaceKind, SpaceKind]]:
         """Return FILE with DEVICE in both directions."""
@@ -93,6 +100,20 @@ class GdsBackend(BackendDecorator):
     def slot_class(self, source: Space, target: Space, nbytes: int, pieces: int) -> SlotClass:
         """Return one class for all."""
         return SlotClass("", self._slots)
+
+    def can_flush(self) -> bool:
+        """It can: the file is open in this process too."""
+        return True
+
+    def needs_leg(self, target: Space, *, durable: bool) -> bool:
+        """Return whether a file is written that must be on the disk at the end."""
+        return durable
+
+    async def open_leg(self, scope: LegScope) -> OpenLeg:
+        """Begin a leg whose file is put on the disk once, at its end, from here: no worker is kept from its work."""
+        assert scope.target is not None, "only legs that end in a file are opened"
+        assert isinstance(scope.target.space, FileSpace)
+        return FlushedLeg(self.move, self._flushers, scope.target.space)
 
     async def move(self, chunk: Chunk) -> int:
         """Move one chunk; the promises are those of ``cuda``.

@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import structlog
 
-from xferd.api.errors import Closed, MoveFailed, Unsupported
-from xferd.plugins.base import Backend, FileSpace, MappedSpace, OpenLeg, SpaceKind
+from xferd.api.errors import Closed, Unsupported
+from xferd.plugins.base import Backend, FileSpace, MappedSpace, SpaceKind
+from xferd.plugins.flushing import FlushedLeg
 from xferd.plugins.movers import MoveCounter, MoverPool
 from xferd.plugins.posix import mapping, native, ring
 from xferd.plugins.posix.direct import BounceMemory, DirectPolicy
@@ -24,11 +24,12 @@ from xferd.plugins.posix.engines import Calls, Engine, Rings, Stop
 from xferd.plugins.posix.mapping import Mappings
 from xferd.plugins.posix.moving import FileMover
 from xferd.plugins.posix.options import PosixOptions
+from xferd.plugins.vectored import flush_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from xferd.plugins.base import BackendStatistics, BlockSums, Chunk, Extent, LegScope, Space
+    from xferd.plugins.base import BackendStatistics, BlockSums, Chunk, Extent, LegScope, OpenLeg, Space
     from xferd.plugins.posix.native import Native
 
 # Assumed of the page cache, by calls, until chunks were timed. A disk is slower; the engine learns that from the first
@@ -66,8 +67,6 @@ class PosixBackend(Backend):
         self._sweep_due: asyncio.TimerHandle | None = None
         self._sweep: asyncio.Task[None] | None = None
         self._mover = self._make_mover()
-        # Only then a leg is opened for each transfer: its commit is what makes the bytes durable.
-        self.is_transactional = options.fsync == "data"  # type: ignore[misc]  # a constant, here of the instance
 
     async def start(self) -> None:
         """Choose how requests reach the kernel; threads start when first needed.
@@ -144,31 +143,36 @@ class PosixBackend(Backend):
         """
         with self._counter.moving(chunk.nbytes):
             moved = await self._move(chunk)
-            if self.is_transactional:
-                await self.sync(chunk.target.space)
+            if isinstance(chunk.target.space, FileSpace) and self._flushes_all:
+                await self._movers.run(flush_file, chunk.target.space.fd, chunk.target.space.path)
             return moved
 
+    def can_flush(self) -> bool:
+        """It can."""
+        return True
+
+    def needs_leg(self, target: Space, *, durable: bool) -> bool:
+        """Return whether a file is written that must be on the disk at the end."""
+        return isinstance(target, FileSpace) and (durable or self._flushes_all)
+
     async def open_leg(self, scope: LegScope) -> OpenLeg:
-        """Begin a leg that is put on the disk once, at its end; only with ``fsync``."""
-        return _DurableLeg(self, None if scope.target is None else scope.target.space)
-
-    async def move_loosely(self, chunk: Chunk) -> int:
-        """Move one chunk as ``move`` does, and leave it to the caller to ``sync``."""
-        with self._counter.moving(chunk.nbytes):
-            return await self._move(chunk)
-
-    async def sync(self, space: Space | None) -> None:
-        """Put on the disk what was written to a file; nothing where the space is none.
-
-        Raises:
-            MoveFailed: the disk said no.
-        """
-        if isinstance(space, FileSpace):
-            await self._movers.run(_sync, space.fd, space.path)
+        """Begin a leg whose file is put on the disk once, at its end."""
+        assert scope.target is not None, "only legs that end in a file are opened"
+        assert isinstance(scope.target.space, FileSpace)
+        return FlushedLeg(self._move_loosely, self._movers, scope.target.space)
 
     def statistics(self) -> BackendStatistics:
         """Return counters since start."""
         return self._counter.snapshot(2 * self._options.movers)
+
+    @property
+    def _flushes_all(self) -> bool:
+        return self._options.fsync == "data"
+
+    async def _move_loosely(self, chunk: Chunk) -> int:
+        """Move one chunk as ``move`` does, and leave it to the leg to flush."""
+        with self._counter.moving(chunk.nbytes):
+            return await self._move(chunk)
 
     def _make_mover(self) -> FileMover:
         return FileMover(self._engine, self._policy, self._bounce, self._options.piece_nbytes, self._mappings)
@@ -231,33 +235,7 @@ class PosixBackend(Backend):
         return isinstance(target, FileSpace) and self._policy.wants(target) and not has_ring
 
 
-class _DurableLeg(OpenLeg):
-    """A leg whose chunks are put on the disk together, by one call at its end."""
-
-    def __init__(self, backend: PosixBackend, target: Space | None) -> None:
-        self._backend = backend
-        self._target = target
-
-    async def move(self, chunk: Chunk) -> int:
-        """Move one chunk, which is not durable yet."""
-        return await self._backend.move_loosely(chunk)
-
-    async def commit(self) -> None:
-        """Flush the file, if a file was written."""
-        await self._backend.sync(self._target)
-
-    async def abort(self) -> None:
-        """Do nothing: bytes in a file cannot be taken back, and nobody was told that they are there."""
-
-
 def _between(sums: BlockSums, mark: int) -> int:
     """Return where the block begins that a mark would cut in two, or the mark."""
     block = int(np.searchsorted(sums.stop, mark, side="right"))
     return min(mark, int(sums.begin[block])) if block < len(sums.begin) else mark
-
-
-def _sync(fd: int, path: str) -> None:
-    try:
-        os.fdatasync(fd)
-    except OSError as exc:
-        raise MoveFailed(f"fdatasync of {path}: {exc.strerror}", remedy="check the file system") from exc

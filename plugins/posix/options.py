@@ -31,7 +31,7 @@ class PosixOptions(Options):
     what O_DIRECT does not take as it lies.
 
     ``fsync = "data"`` puts what a transfer wrote on the disk (``fdatasync``) before it is DONE; "none" leaves that to
-    the kernel, and to the client that may sync its own file.
+    the kernel, to transfers that ask for it (``durable``), and to the client that may sync its own file.
     """
 
     movers: int = Field(2, ge=1, le=64)

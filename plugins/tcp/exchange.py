@@ -52,6 +52,7 @@ class Exchange:
             total_nbytes=chunk.nbytes,
             agent=chunk.agent,
             verify=chunk.verify,
+            durable=chunk.durable and is_write,
         )
         return cls(request, local.iov, is_write)
 

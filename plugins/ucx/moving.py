@@ -47,6 +47,7 @@ class Moving:
                 total_nbytes=chunk.nbytes,
                 agent=chunk.agent,
                 verify=chunk.verify,
+                durable=chunk.durable and is_write,
             ),
             id=self.id,
             tag=self._tag,

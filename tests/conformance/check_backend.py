@@ -21,7 +21,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from xferd.api.errors import Cancelled, Closed, XferdError
-from xferd.plugins.base import Backend, Begun, Chunk, Extent, RemoteSpace, Space, SpaceKind
+from xferd.plugins.base import Backend, Begun, Chunk, Extent, LegScope, RemoteSpace, Space, SpaceKind
 
 ARENA_NBYTES = 1 << 20
 LARGE_NBYTES = 16 << 20
@@ -199,6 +199,19 @@ def check_begun_abort(maker: Maker) -> None:
         _run(main(pair, turns))
 
 
+def check_durable(maker: Maker) -> None:
+    """A backend that can flush opens legs to files as often as asked, and commits all of their chunks."""
+
+    async def main() -> None:
+        async with _started(maker) as rig:
+            for pair in rig.pairs():
+                if pair[1] is SpaceKind.FILE and rig.backend.can_flush():
+                    with _arenas(rig, pair, ARENA_NBYTES) as (source, target):
+                        await _check_durable(rig.backend, source, target)
+
+    _run(main())
+
+
 def check_concurrency(maker: Maker) -> None:
     """Many chunks at once, more than there are slots, each move its own bytes; the counters add up."""
 
@@ -314,6 +327,7 @@ CHECKS: tuple[Callable[[Maker], None], ...] = (
     check_move_now,
     check_begin,
     check_begun_abort,
+    check_durable,
     check_concurrency,
     check_cancellation,
     check_failures,
@@ -449,6 +463,24 @@ async def _begin_and_compare(backend: Backend, source: Arena, target: Arena, lef
         with _compared(backend, source, target, left, right, seed=seed):
             ends = _begin(backend, chunk)
             assert (await backend.move(chunk) if ends is None else await ends.get()) == chunk.nbytes
+
+
+async def _check_durable(backend: Backend, source: Arena, target: Arena) -> None:
+    assert backend.needs_leg(target.space, durable=True)
+    half = source.nbytes // 2
+    rows = [(0, half)], [(half, half)]
+    whole = _chunk(source, target, [(0, 2 * half)], [(0, 2 * half)])
+    scope = LegScope(whole.source, whole.target, whole.nbytes, "t1", "cause", "agent", durable=True)
+    for seed in range(2):
+        data = pattern(source.nbytes, seed)
+        source.fill(data)
+        leg = await backend.open_leg(scope)
+        assert [await leg.move(_chunk(source, target, row, row)) for row in rows] == [half, half]
+        await leg.commit()
+        assert_same(target.read(), data)
+        dropped = await backend.open_leg(scope)
+        await dropped.move(_chunk(source, target, *rows))
+        await dropped.abort()
 
 
 async def _check_begun_fails(rig: Rig, pair: Pair) -> None:

@@ -297,6 +297,17 @@ async def test_a_wait_ends_with_its_transfer(rest: Rest) -> None:
     assert (await waiting).json["state"] == "DONE"
 
 
+async def test_what_a_transfer_may_say_reaches_the_daemon(rest: Rest) -> None:
+    token = await rest.session()
+    source, target = await rest.allocate(token, 4096, 4096)
+    spans = [{"columns": {"region": region, "offset": [0], "nbytes": 8}} for region in (source, target)]
+    body = {"op": "WRITE", "local": spans[0], "remote": spans[1], "hold": True}
+    for options in ({}, {"durable": True}, {"verify": True}):
+        made = (await rest("POST", "/v1/transfers", body | options, token=token)).json["id"]
+        request = rest.engine._transfers[TransferId(made)].request
+        assert {"durable": request.durable, "verify": request.verify} == {"durable": False, "verify": False} | options
+
+
 @pytest.mark.slow
 async def test_a_long_wait_keeps_its_session_alive(rest: Rest) -> None:
     """The session's token is shown again while its call waits."""

@@ -319,12 +319,15 @@ def test_transfer_requests_survive_the_trip() -> None:
         notification=t.Notification("a@b", b"\0n"),
         backend="local",
         hold=True,
+        verify=True,
+        durable=True,
     )
     message = wire.transfer_request_to_message(request, wait_s=2)
     again = wire.transfer_request_from_message(message, 1)
     assert message.wait_s == 2
     assert _same(again.local, request.local)
-    for name in ("op", "key", "timeout_s", "priority", "cause_id", "notification", "backend", "hold"):
+    same = ("op", "key", "timeout_s", "priority", "cause_id", "notification", "backend", "hold", "verify", "durable")
+    for name in same:
         assert getattr(again, name) == getattr(request, name)
 
 

@@ -520,6 +520,7 @@ def test_a_request_becomes_a_submission_with_its_options(base, ring):
         "priority": t.Priority.HIGH,
         "notification": ("bob@b", b"done"),
         "backend": "tcp",
+        "durable": True,
     }
     made = base._submission("WRITE", prepared(5), prepared(6).select([3, 4]), options, 2)
     assert made is not None
@@ -528,6 +529,7 @@ def test_a_request_becomes_a_submission_with_its_options(base, ring):
     assert remote.tolist() == [3, 4]
     message = RingOptions.FromString(extra)
     assert (message.key, message.backend, message.notification.payload) == ("k", "tcp", b"done")
+    assert (message.verify, message.durable) == (False, True)
     assert (track.remote_node, track.key, track.priority) == ("node-b", "k", t.Priority.HIGH)
     made = base._submission(t.TransferOp.READ, prepared(5), prepared(6), {}, 0)
     assert made is not None

@@ -654,6 +654,57 @@ async def test_a_peer_that_wants_proof_of_what_it_reads_gets_it(house: House, ve
     assert sealer.asked is verify
 
 
+class Sealed:
+    """Takes every file for one of a storage pool."""
+
+    def concerns(self, _runs: object) -> bool:
+        return True
+
+    def begin(self, _runs: object) -> str:
+        return "ticket"
+
+    def seal(self, _ticket: object) -> None:
+        pass
+
+
+def device(house: House, path: str) -> None:
+    """Register a file that takes no ``fdatasync``."""
+    backing = FileBacking(os.open(path, os.O_RDWR), path, RegionSource.PATH)
+    house.stack.callback(backing.close)
+    house.ids[path] = house.regions.add(OWNER, "prefill", backing, NBYTES, access=Access.READ_WRITE).id
+
+
+@pytest.mark.parametrize(
+    "rows", [[("/dev/null", 0, 2 * PAGE)], [("mapped", 0, 8), ("/dev/null", 0, 8), ("mapped", 8, 8)]]
+)
+async def test_a_durable_write_to_a_file_is_flushed_before_the_peer_is_answered(
+    house: House, rows: list[tuple[str, int, int]]
+) -> None:
+    """/dev/null takes every byte and no flush: what says so has tried, and told the peer instead of DONE."""
+    device(house, "/dev/null")
+
+    def write(**options: object) -> None:
+        with contextlib.closing(house.serving.open_grant(PEER, TransferOp.WRITE, house.request(*rows, **options))) as g:
+            write_all(g, bytes(g.nbytes))
+
+    write()
+    with pytest.raises(MoveFailed, match="fdatasync of /dev/null: Invalid argument"):
+        write(durable=True)
+    house.serving = house.make(sealer=Sealed())
+    write(durable=True)  # sealing flushes
+
+
+async def test_durable_means_nothing_for_reads_and_for_memory(house: House) -> None:
+    device(house, "/dev/zero")  # takes no flush either
+    reading = house.serving.open_grant(PEER, TransferOp.READ, house.request(("/dev/zero", 0, 64), durable=True))
+    with contextlib.closing(reading):
+        assert read_all(reading)[0] == bytes(64)
+    rows = ("mapped", 0, 64), ("process", 0, 64)
+    with contextlib.closing(house.serving.open_grant(PEER, TransferOp.WRITE, house.request(*rows, durable=True))) as g:
+        write_all(g, bytes(128))
+    assert house.bytes_now("process")[:64] == bytes(64)
+
+
 async def test_a_cancelled_quiesce_leaves_nothing(house: House) -> None:
     grant = house.serving.open_grant(PEER, TransferOp.READ, house.request(("mapped", 0, 1)))
     asked = asyncio.ensure_future(ask(house, quiesce=peer_pb.Quiesce(transfer_id="t1")))

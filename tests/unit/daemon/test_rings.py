@@ -212,7 +212,8 @@ async def test_what_cannot_be_done_is_refused_and_the_ring_goes_on(rig: Rig) -> 
 
 
 async def test_a_submit_carries_all_that_a_request_has(rig: Rig) -> None:
-    options = RingOptions(key="k", backend="local", verify=True, notification=pb.Notification(target="b", payload=b"x"))
+    options = RingOptions(key="k", backend="local", verify=True, durable=True)
+    options.notification.CopyFrom(pb.Notification(target="b", payload=b"x"))
     raw = options.SerializeToString()
     with rig.client() as client:
         arena = client.layout.arena_at
@@ -225,7 +226,8 @@ async def test_a_submit_carries_all_that_a_request_has(rig: Rig) -> None:
         [request] = rig.transfers.requests
         assert (request.local.handle, list(request.local.index)) == (3, [7, 9])
         assert (request.remote.handle, list(request.remote.index)) == (4, [9])
-        assert (request.key, request.backend, request.verify, request.hold) == ("k", "local", True, False)
+        assert (request.key, request.backend, request.hold) == ("k", "local", False)
+        assert (request.verify, request.durable) == (True, True)
         assert request.notification == Notification("b", b"x")
 
 

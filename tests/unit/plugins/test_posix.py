@@ -163,10 +163,10 @@ async def test_sync_that_fails_fails_the_chunk():
     await backend.aclose()
 
 
-async def test_leg_is_put_on_the_disk_once_at_its_end():
+@pytest.mark.parametrize("fsync", ["none", "data"])
+async def test_leg_is_put_on_the_disk_once_at_its_end(fsync):
     """/dev/null takes every byte and no sync: chunks go through, and the commit says that nothing is durable."""
-    backend = PosixBackend(PosixOptions(fsync="data"))
-    assert backend.is_transactional
+    backend = PosixBackend(PosixOptions(fsync=fsync))
     memory, fd = MappedArena(100), os.open("/dev/null", os.O_WRONLY)
     source = memory.extent([(0, 100)])
     target = Extent(FileSpace(fd, "/dev/null"), source.iov)
@@ -175,14 +175,18 @@ async def test_leg_is_put_on_the_disk_once_at_its_end():
     assert await leg.move(chunk(source, target)) == 100
     with pytest.raises(MoveFailed, match="fdatasync of /dev/null"):
         await leg.commit()
-    reading = await backend.open_leg(LegScope(target, source, 200, "t", "c"))
-    await reading.commit()  # of a file that was read there is nothing to be put anywhere
     os.close(fd)
     await backend.aclose()
 
 
-def test_without_fsync_nothing_surrounds_a_leg():
-    assert not PosixBackend(PosixOptions()).is_transactional
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("fsync", ["none", "data"])
+def test_leg_is_needed_where_a_file_is_written_that_must_be_on_the_disk(file, fsync, asked):
+    backend = PosixBackend(PosixOptions(fsync=fsync))
+    assert backend.can_flush()
+    assert not backend.is_transactional
+    assert backend.needs_leg(file.space, durable=asked) is (asked or fsync == "data")
+    assert not backend.needs_leg(MappedSpace(), durable=False), "a file is read"
 
 
 # ------------------------------------------------------------------------------------------ stopping

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 from test_machine import plan, route, transfer
 
-from xferd.api.errors import IntegrityError, MoveFailed
+from xferd.api.errors import IntegrityError, MoveFailed, Unsupported
+from xferd.daemon.engine.machine import ROUTE_FAULTS
 from xferd.daemon.engine.passage import Passage, is_needed
 from xferd.daemon.engine.sealing import NoSealer
-from xferd.plugins.base import BlockSums, Chunk, OpenLeg
+from xferd.plugins.base import BlockSums, Chunk, FileSpace, OpenLeg
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from xferd.plugins.base import Extent, LegScope
+    from xferd.daemon.engine.plan import Plan
+    from xferd.plugins.base import Extent, LegScope, Space
+
+FILE = FileSpace(0, "/data")
 
 
 class Leg(OpenLeg):
@@ -43,21 +47,35 @@ class Leg(OpenLeg):
 class Store:
     """A transactional backend."""
 
-    is_transactional = True
+    name = "s"
 
     def __init__(self) -> None:
+        self.is_transactional = True
+        self.flushes = False
         self.story: list[str] = []
         self.fails: set[str] = set()
         self.moves_short = False
         self.gate: asyncio.Event | None = None
         self.opened = 0
         self.chunks: list[Chunk] = []
+        self.scopes: list[LegScope] = []
+
+    def can_flush(self) -> bool:
+        return self.flushes
+
+    def needs_leg(self, target: Space, *, durable: bool) -> bool:
+        return self.is_transactional or durable
+
+    async def move(self, chunk: Chunk) -> int:
+        self.story.append(f"move plainly {chunk.transfer_id}")
+        return chunk.nbytes
 
     async def open_leg(self, scope: LegScope) -> OpenLeg:
         if self.gate is not None:
             await self.gate.wait()
         self.opened += 1
         self.story.append(f"open {scope.nbytes} {scope.source is not None} {scope.target is not None}")
+        self.scopes.append(scope)
         return Leg(self.story, f"leg{self.opened}", self.fails, self.moves_short, self.chunks)
 
 
@@ -216,7 +234,86 @@ async def test_a_cancelled_open_leaves_the_leg_for_the_next_chunk() -> None:
 def test_plain_plans_need_none() -> None:
     store = Store()
     made = plan((1, (route("s"),)))
-    assert is_needed(made, cast("Any", {"s": store}), NoSealer())
-    assert is_needed(made, cast("Any", {"s": store}), Proof([]))
+    assert is_needed(made, cast("Any", {"s": store}), NoSealer(), durable=False)
+    assert is_needed(made, cast("Any", {"s": store}), Proof([]), durable=False)
     store.is_transactional = False
-    assert not is_needed(made, cast("Any", {"s": store}), NoSealer())
+    assert not is_needed(made, cast("Any", {"s": store}), NoSealer(), durable=False)
+    assert not is_needed(made, cast("Any", {"s": store}), NoSealer(), durable=True), "memory is never durable"
+    assert is_needed(to_file(made), cast("Any", {"s": store}), NoSealer(), durable=True)
+    assert not is_needed(to_file(made), cast("Any", {"s": store}), NoSealer(), durable=False)
+    assert not is_needed(turned(to_file(made)), cast("Any", {"s": store}), NoSealer(), durable=True), "a file is read"
+
+
+# ------------------------------------------------------------------------------------------ durable transfers
+
+
+def to_file(made: Plan) -> Plan:
+    """Return the plan with a file as the target of its legs."""
+    return replace(made, legs=tuple(replace(leg, target=replace(leg.target, space=FILE)) for leg in made.legs))
+
+
+def turned(made: Plan) -> Plan:
+    return replace(made, legs=tuple(replace(leg, source=leg.target, target=leg.source) for leg in made.legs))
+
+
+def durable_passage(store: Store, made: Plan, *, sealer: Any = None) -> Passage:
+    asked = replace(transfer(made), durable=True)
+    return Passage(asked, cast("Any", {"s": store}), sealer or NoSealer())
+
+
+def flushing() -> Store:
+    store = Store()
+    store.is_transactional, store.flushes = False, True
+    return store
+
+
+async def test_a_durable_leg_to_a_file_is_opened_and_committed_once_for_all_its_chunks() -> None:
+    store = flushing()
+    one = durable_passage(store, to_file(plan((3, (route("s"),)))))
+    for _ in range(3):
+        [move] = await one.moves(0, route("s"))
+        await move(Chunk(cast("Any", None), cast("Any", None), 10, "x", "c"))
+    await one.commit()
+    assert store.story == ["open 30 True True", *["move x"] * 3, "commit leg1"]
+    assert [scope.durable for scope in store.scopes] == [True]
+
+
+async def test_a_durable_leg_by_way_of_staging_memory_is_opened_for_the_hop_to_the_file_alone() -> None:
+    store = flushing()
+    both = replace(route("s"), hops=route("s").hops * 2)
+    one = durable_passage(store, to_file(plan((1, (both,)))))
+    first, last = await one.moves(0, both)
+    nothing = cast("Any", None)
+    await first(Chunk(nothing, nothing, 10, "x", "c"))
+    await last(Chunk(nothing, nothing, 10, "y", "c"))
+    await one.commit()
+    assert store.story == ["open 10 False True", "move plainly x", "move y", "commit leg1"]
+
+
+async def test_a_flush_that_fails_is_how_the_commit_fails() -> None:
+    store = flushing()
+    store.fails = {"leg1"}
+    one = durable_passage(store, to_file(plan((1, (route("s"),)))))
+    await one.moves(0, route("s"))
+    with pytest.raises(MoveFailed):
+        await one.commit()
+
+
+async def test_what_is_no_file_is_not_flushed_and_a_storage_pool_does_so_itself() -> None:
+    store = flushing()
+    await durable_passage(store, plan((1, (route("s"),)))).moves(0, route("s"))
+    await durable_passage(store, turned(to_file(plan((1, (route("s"),)))))).moves(0, route("s"))
+    await durable_passage(store, to_file(plan((1, (route("s"),)))), sealer=Proof([])).moves(0, route("s"))
+    assert store.opened == 0
+
+
+async def test_a_backend_that_cannot_flush_is_no_route_for_a_durable_transfer_to_a_file() -> None:
+    store = flushing()
+    store.flushes = False
+    one = durable_passage(store, to_file(plan((1, (route("s"),)))))
+    with pytest.raises(Unsupported, match="s does not put on the disk"):
+        await one.moves(0, route("s"))
+    assert isinstance(Unsupported("x"), ROUTE_FAULTS), "the next route is tried"
+    store.is_transactional = True
+    with pytest.raises(Unsupported):
+        await durable_passage(store, to_file(plan((1, (route("s"),))))).moves(0, route("s"))

@@ -43,8 +43,6 @@ class Started(Begun):
 class Mover:
     """Begins what it is given, or raises, or leaves it to ``move``."""
 
-    is_transactional = False
-
     def __init__(self) -> None:
         self.started: list[Started] = []
         self.moved: list[Chunk] = []
@@ -58,6 +56,9 @@ class Mover:
             return None
         self.started.append(Started(done))
         return self.started[-1]
+
+    def needs_leg(self, _target: object, *, durable: bool) -> bool:
+        return durable
 
     async def move(self, chunk: Chunk) -> int:
         self.moved.append(chunk)
