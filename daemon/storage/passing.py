@@ -8,6 +8,7 @@ when the transfer ends. What the backend has summed as it moved the bytes (``Blo
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,7 @@ from xferd.daemon.storage.touching import is_one_run
 from xferd.plugins.base import BlockSums
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -56,8 +57,7 @@ def passed(spans: Iterable[BlockSpan], file: IovTable, memory: IovTable) -> Pass
     runs = _runs(file)
     usable = runs is not None and len(memory) * MIN_PIECE_NBYTES <= max(nbytes, MIN_PIECE_NBYTES)
     whole, partial = [], []
-    for extent, first, stop in spans:
-        numbers = np.arange(first, stop, dtype=np.int64)
+    for extent, numbers in _by_extent(spans):
         start = extent.offset + numbers * extent.block_nbytes
         end = np.minimum(start + extent.block_nbytes, extent.end)
         if not usable or runs is None:
@@ -71,6 +71,13 @@ def passed(spans: Iterable[BlockSpan], file: IovTable, memory: IovTable) -> Pass
         if not inside.all():
             partial.append((extent, tuple(numbers[~inside].tolist())))
     return Passed(tuple(whole), tuple(partial))
+
+
+def _by_extent(spans: Iterable[BlockSpan]) -> Iterator[tuple[Extent, NDArray[np.int64]]]:
+    """Yield each extent with all of its blocks: scattered ones are many spans, and each step of numpy has its price."""
+    for extent, group in itertools.groupby(spans, key=lambda span: span.extent):  # they are in order of position
+        numbers = [np.arange(first, stop, dtype=np.int64) for _, first, stop in group]
+        yield extent, numbers[0] if len(numbers) == 1 else np.concatenate(numbers)
 
 
 def _passed_in_order(spans: Iterable[BlockSpan], start: int, nbytes: int) -> Passed:

@@ -234,11 +234,13 @@ class Sealing:
         known = [
             part
             for span in spans
+            if (is_left := [(span.extent, number) not in done for number in range(span.first, span.stop)])
+            and any(is_left)
             for part in _parts(
                 span,
                 (span.extent.state[span.first : span.stop] == SUMMED)
                 & (span.extent.writers[span.first : span.stop] == 0)
-                & np.array([(span.extent, number) not in done for number in range(span.first, span.stop)]),
+                & np.array(is_left),
             )
         ]
         opens = [span.extent.opens[span.first : span.stop].copy() for span in known]

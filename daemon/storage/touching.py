@@ -90,6 +90,13 @@ class _Columns:
     def touched(self, iov: IovTable) -> list[BlockSpan]:
         start = iov[:, 0].astype(np.int64)
         end = start + iov[:, 1].astype(np.int64)
+        around = self.within(int(start.min()), int(end.max()))
+        if around is not None:  # all in one extent: the usual case
+            extent, size = around.extent, around.extent.block_nbytes
+            start -= extent.offset
+            end -= extent.offset + 1
+            begin, stop = _merged(start // size, end // size + 1)
+            return [BlockSpan(extent, *each) for each in zip(begin.tolist(), stop.tolist(), strict=True)]
         first = np.searchsorted(self.start, start, side="right") - 1
         first = np.maximum(first, 0)
         last = np.searchsorted(self.start, end - 1, side="right") - 1
