@@ -57,8 +57,10 @@ class Passage:
         self._reading: ReadTicket | None = None
         self._open: dict[tuple[int, str], OpenLeg] = {}
 
-    async def moves(self, number: int, route: Route) -> list[Move]:
+    async def moves(self, number: int, route: Route, start: int) -> list[Move]:
         """Return what moves a chunk of a leg over each hop of a route, after opening what is not open yet. Cancel-safe.
+
+        ``start`` is where the chunk begins in the leg's bytes.
 
         Raises:
             XferdError: what a backend or a pool said; what was opened stays open until the end.
@@ -67,7 +69,7 @@ class Passage:
             if self._ticket is None:
                 self._ticket = await self._sealer.begin(_targets(self._plan))
                 self._reading = self._sealer.reading(_sources(self._plan), is_asked=self._verify)
-            return [await self._move(number, self._plan.legs[number], route, hop) for hop in range(len(route.hops))]
+            return [await self._move(number, route, hop, start) for hop in range(len(route.hops))]
 
     async def commit(self) -> None:
         """Make visible and prove what was moved; all chunks have moved.
@@ -102,7 +104,8 @@ class Passage:
         if ticket is not None:
             self._sealer.abandon(ticket)
 
-    async def _move(self, number: int, leg: Leg, route: Route, hop: int) -> Move:
+    async def _move(self, number: int, route: Route, hop: int, start: int) -> Move:
+        leg = self._plan.legs[number]
         backend = self._backends[route.backends[hop]]
         target = _target(leg, route, hop)
         durable = self._durable and isinstance(target, FileSpace) and not self._sealer.concerns([leg.target])
@@ -116,14 +119,16 @@ class Passage:
             move = (await self._leg(number, leg, route, hop, durable=durable)).move
         if not self._sealer.concerns([leg.source, leg.target]):
             return move
-        return self._proven(move, is_first=hop == 0, is_last=hop == len(route.hops) - 1)
+        return self._proven(move, leg, start, is_first=hop == 0, is_last=hop == len(route.hops) - 1)
 
-    def _proven(self, move: Move, *, is_first: bool, is_last: bool) -> Move:
+    def _proven(self, move: Move, leg: Leg, start: int, *, is_first: bool, is_last: bool) -> Move:
         """Return a move that shows the sealer the bytes as they pass, so that it need not read them once more."""
 
         async def moved(chunk: Chunk) -> int:
             reading = self._reading if is_first else None
-            awaited = None if reading is None else self._sealer.arriving(reading, chunk.source, chunk.target)
+            awaited = None
+            if reading is not None:
+                awaited = self._sealer.arriving(reading, leg.source, start, chunk.source, chunk.target)
             nbytes = await move(chunk if awaited is None else replace(chunk, sums=awaited.sums))
             if nbytes == chunk.nbytes:
                 if reading is not None and awaited is not None:

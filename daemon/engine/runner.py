@@ -264,7 +264,7 @@ class Runner:
         if passage is None:
             moves: list[Move] = [self._backends[name].move for name in route.backends]
         else:
-            moves = await passage.moves(start.chunk.leg, route)
+            moves = await passage.moves(start.chunk.leg, route, start.start)
         if not route.is_staged:
             return await moves[0](chunk)
         async with self._staging.lease(f"transfer {start.transfer.id}", chunk.nbytes) as table:

@@ -69,18 +69,27 @@ class Sealer(Protocol):
         With a ticket, ``finish`` takes the place of ``verify``; arguments and errors are those of ``verify``.
         """
 
-    def arriving(self, ticket: ReadTicket, source: Extent, target: Extent) -> AwaitedSums | None:
-        """Be told that a chunk is about to move; None where it is not compared by itself, but by ``finish``."""
+    def arriving(
+        self, ticket: ReadTicket, leg: Extent, start: int, source: Extent, target: Extent
+    ) -> AwaitedSums | None:
+        """Be told that a chunk is about to move; None where ``finish`` will have to read what it read once more.
 
-    async def arrived(self, ticket: ReadTicket, chunk: AwaitedSums, source: Extent, target: Extent) -> None:
-        """Be told that a chunk has moved, while its target has the bytes: what was not summed yet is summed there.
-
-        Raises:
-            IntegrityError: a block is not what was sealed.
+        Args:
+            ticket: of the post.
+            leg: all that the chunk's leg reads; the same object for all of its chunks.
+            start: where in the leg's bytes the chunk begins.
+            source: what the chunk reads.
+            target: where it goes.
         """
 
+    async def arrived(self, ticket: ReadTicket, chunk: AwaitedSums, source: Extent, target: Extent) -> None:
+        """Be told that a chunk has moved, while its target has the bytes: what was not summed yet is summed there."""
+
     async def finish(self, ticket: ReadTicket) -> None:
-        """Compare what was not compared where it arrived, before DONE is told; errors as with ``verify``."""
+        """Compare what has arrived, and read once more what was not summed there, before DONE is told.
+
+        Errors as with ``verify``.
+        """
 
     async def verify(self, extents: Sequence[Extent], *, is_asked: bool) -> None:
         """Compare what was read with its checksums, before DONE is told.
@@ -119,7 +128,9 @@ class NoSealer:
         """Nothing will be compared."""
         return None
 
-    def arriving(self, ticket: ReadTicket, source: Extent, target: Extent) -> AwaitedSums | None:
+    def arriving(
+        self, ticket: ReadTicket, leg: Extent, start: int, source: Extent, target: Extent
+    ) -> AwaitedSums | None:
         """Nothing is compared."""
         return None
 

@@ -8,14 +8,13 @@ when the transfer ends. What the backend has summed as it moved the bytes (``Blo
 from __future__ import annotations
 
 import ctypes
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xxhash
 
-from xferd.daemon.storage.touching import is_one_run
+from xferd.daemon.storage.touching import by_extent, is_one_run
 from xferd.plugins.base import BlockSums
 
 if TYPE_CHECKING:
@@ -49,15 +48,23 @@ class Passed:
     partial: tuple[tuple[Extent, tuple[int, ...]], ...]
 
 
+def is_summable(memory: IovTable, nbytes: int) -> bool:
+    """Return whether rows of memory are large enough for summing what passes to be worth it."""
+    return len(memory) * MIN_PIECE_NBYTES <= max(nbytes, MIN_PIECE_NBYTES)
+
+
 def passed(spans: Iterable[BlockSpan], file: IovTable, memory: IovTable) -> Passed:
     """Say which of the blocks that a chunk's file rows touch (``spans``) can be summed from its memory rows."""
-    nbytes = int(memory[:, 1].sum())
-    if len(memory) * MIN_PIECE_NBYTES <= nbytes and is_one_run(file):
-        return _passed_in_order(spans, int(file[0, 0]), nbytes)
+    return covered(spans, file, usable=is_summable(memory, int(memory[:, 1].sum())))
+
+
+def covered(spans: Iterable[BlockSpan], file: IovTable, *, usable: bool = True) -> Passed:
+    """Say which of the blocks that file rows touch (``spans``) they cover whole; none of them if not ``usable``."""
+    if usable and is_one_run(file):
+        return _covered_in_order(spans, int(file[0, 0]), int(file[:, 1].sum()))
     runs = _runs(file)
-    usable = runs is not None and len(memory) * MIN_PIECE_NBYTES <= max(nbytes, MIN_PIECE_NBYTES)
     whole, partial = [], []
-    for extent, numbers in _by_extent(spans):
+    for extent, numbers in by_extent(spans):
         start = extent.offset + numbers * extent.block_nbytes
         end = np.minimum(start + extent.block_nbytes, extent.end)
         if not usable or runs is None:
@@ -73,14 +80,7 @@ def passed(spans: Iterable[BlockSpan], file: IovTable, memory: IovTable) -> Pass
     return Passed(tuple(whole), tuple(partial))
 
 
-def _by_extent(spans: Iterable[BlockSpan]) -> Iterator[tuple[Extent, NDArray[np.int64]]]:
-    """Yield each extent with all of its blocks: scattered ones are many spans, and each step of numpy has its price."""
-    for extent, group in itertools.groupby(spans, key=lambda span: span.extent):  # they are in order of position
-        numbers = [np.arange(first, stop, dtype=np.int64) for _, first, stop in group]
-        yield extent, numbers[0] if len(numbers) == 1 else np.concatenate(numbers)
-
-
-def _passed_in_order(spans: Iterable[BlockSpan], start: int, nbytes: int) -> Passed:
+def _covered_in_order(spans: Iterable[BlockSpan], start: int, nbytes: int) -> Passed:
     """Do it for one run of the file, without columns of runs: most chunks, and each has to be quick."""
     whole: list[WholeBlocks] = []
     partial: list[tuple[Extent, tuple[int, ...]]] = []
@@ -102,7 +102,7 @@ def _passed_in_order(spans: Iterable[BlockSpan], start: int, nbytes: int) -> Pas
 
 
 class Awaited:
-    """Blocks of a chunk whose sums are wanted; ``sums``, in the order of their bytes, may be filled in by a backend."""
+    """Blocks of a chunk that was written whose sums are wanted; ``sums`` are in the order of their bytes."""
 
     __slots__ = ("_order", "chunk", "sums")
 
@@ -117,11 +117,6 @@ class Awaited:
         self._order = np.argsort(begin, kind="stable")
         self.sums = BlockSums.of(begin[self._order], end[self._order])
 
-    @property
-    def is_known(self) -> bool:
-        """Whether all sums are there."""
-        return bool(self.sums.is_known.all())
-
     def by_extent(self) -> list[NDArray[np.uint64]]:
         """Return the sums of each of the chunk's ``whole``."""
         if self._order is None:
@@ -130,6 +125,57 @@ class Awaited:
         values[self._order] = self.sums.values
         borders = np.cumsum([len(each.numbers) for each in self.chunk.whole])[:-1]
         return np.split(values, borders) if self.chunk.whole else []
+
+
+class Arriving:
+    """Blocks that a leg reads whole, in the order of their bytes, and the sums of those that have arrived."""
+
+    def __init__(self, leg: Passed) -> None:
+        self._whole = leg.whole
+        begin = np.concatenate([each.begin for each in leg.whole] or [np.empty(0, np.int64)])
+        end = np.concatenate([each.end for each in leg.whole] or [np.empty(0, np.int64)])
+        self._order = np.argsort(begin, kind="stable")
+        self._begin, self._end = begin[self._order], end[self._order]
+        self._values = np.zeros(len(begin), np.uint64)
+        self._has_arrived = np.zeros(len(begin), np.bool_)
+
+    def chunk(self, start: int, stop: int) -> ArrivingChunk | None:
+        """Return the blocks within a span of the leg's bytes; None where there are none."""
+        first = int(np.searchsorted(self._begin, start))
+        last = int(np.searchsorted(self._end, stop, side="right"))
+        if first >= last:
+            return None
+        sums = BlockSums.of(self._begin[first:last] - start, self._end[first:last] - start)
+        return ArrivingChunk(self, slice(first, last), sums)
+
+    def note(self, blocks: slice, values: NDArray[np.uint64]) -> None:
+        """Take down the sums of a chunk that has arrived; one that came twice counts as it came last."""
+        self._values[blocks] = values
+        self._has_arrived[blocks] = True
+
+    def by_extent(self) -> Iterator[tuple[WholeBlocks, NDArray[np.uint64]]]:
+        """Yield the blocks that have arrived, with their sums."""
+        values, has_arrived = np.empty_like(self._values), np.empty_like(self._has_arrived)
+        values[self._order], has_arrived[self._order] = self._values, self._has_arrived
+        at = 0
+        for extent, *columns in self._whole:
+            part = slice(at, at + len(columns[0]))
+            at = part.stop
+            came = has_arrived[part]
+            yield WholeBlocks(extent, *(column[came] for column in columns)), values[part][came]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivingChunk:
+    """A chunk's share of ``Arriving``: which of its blocks; ``sums`` may be filled in by a backend."""
+
+    leg: Arriving
+    blocks: slice
+    sums: BlockSums
+
+    def note(self) -> None:
+        """Be told that the chunk has arrived, and that all sums are known."""
+        self.leg.note(self.blocks, self.sums.values)
 
 
 def sum_memory(sums: BlockSums, memory: IovTable, summer: Summer | None) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from xferd.api.errors import XferdError
-from xferd.daemon.storage.passing import Awaited, passed
+from xferd.daemon.storage.passing import Arriving, ArrivingChunk, covered, is_summable, passed
 from xferd.plugins.base import FileSpace, MappedSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -44,12 +44,18 @@ class StorageTicket:
 
 @dataclass(frozen=True, slots=True)
 class StorageReading:
-    """Blocks that are being read, by volume, with how often each had been opened before; and what was compared."""
+    """Blocks that are being read, by volume, with how often each had been opened before; and what has arrived."""
 
     reading: tuple[tuple[Sealing, tuple[BlockSpan, ...]], ...]
     opens: dict[StoredExtent, NDArray[np.uint32]]
-    done: set[tuple[StoredExtent, int]]
     is_asked: bool
+    legs: dict[int, _ReadLeg] = field(default_factory=dict)
+
+
+class _ReadLeg(NamedTuple):
+    source: Extent  # by whose identity it is known
+    sealing: Sealing
+    blocks: Arriving
 
 
 class StorageSealer:
@@ -113,40 +119,53 @@ class StorageSealer:
         if not found:
             return None
         touched = {span.extent for _, spans in found for span in spans}
-        return StorageReading(tuple(found), {each: each.opens.copy() for each in touched}, set(), is_asked)
+        return StorageReading(tuple(found), {each: each.opens.copy() for each in touched}, is_asked)
 
-    def arriving(self, ticket: ReadTicket, source: Extent, target: Extent) -> Awaited | None:
+    def arriving(
+        self, ticket: ReadTicket, leg: Extent, start: int, source: Extent, target: Extent
+    ) -> ArrivingChunk | None:
         """See ``Sealer.arriving``."""
         assert isinstance(ticket, StorageReading)
-        place = self._place(source)
-        if place is None or not isinstance(target.space, MappedSpace):
+        nbytes = source.nbytes
+        if not isinstance(target.space, MappedSpace) or not is_summable(target.iov, nbytes):
             return None
-        if not any(sealing is place.sealing for sealing, _ in ticket.reading):
+        known = ticket.legs.get(id(leg)) or self._read_leg(ticket, leg)
+        return None if known is None else known.blocks.chunk(start, start + nbytes)
+
+    def _read_leg(self, ticket: StorageReading, leg: Extent) -> _ReadLeg | None:
+        place = self._place(leg)
+        if place is None or not any(sealing is place.sealing for sealing, _ in ticket.reading):
             return None
-        return Awaited(passed(place.extents.touched(source.iov), source.iov, target.iov))
+        blocks = Arriving(covered(place.extents.touched(leg.iov), leg.iov))
+        made = ticket.legs[id(leg)] = _ReadLeg(leg, place.sealing, blocks)
+        return made
 
     async def arrived(self, ticket: ReadTicket, chunk: AwaitedSums, source: Extent, target: Extent) -> None:
         """See ``Sealer.arrived``."""
-        assert isinstance(ticket, StorageReading)
-        assert isinstance(chunk, Awaited)
+        assert isinstance(chunk, ArrivingChunk)
         place = self._place(source)
         assert place is not None
-        ticket.done.update(await place.sealing.arrived(chunk, ticket.opens, target.iov))
+        await place.sealing.complete(chunk.sums, target.iov)
+        chunk.note()
 
     async def finish(self, ticket: ReadTicket) -> None:
         """See ``Sealer.finish``."""
         assert isinstance(ticket, StorageReading)
-        await self._verify(ticket.reading, ticket.is_asked, ticket.done)
+        done: dict[StoredExtent, NDArray[np.bool_]] = {}
+        for leg in ticket.legs.values():
+            for extent, numbers in await leg.sealing.compare_arrived(leg.blocks, ticket.opens):
+                done.setdefault(extent, np.zeros(extent.blocks, np.bool_))[numbers] = True
+        await self._verify(ticket.reading, ticket.is_asked, done)
 
     async def verify(self, extents: Sequence[Extent], *, is_asked: bool) -> None:
         """See ``Sealer.verify``."""
-        await self._verify(self._compared(extents, is_asked=is_asked), is_asked, ())
+        await self._verify(self._compared(extents, is_asked=is_asked), is_asked, {})
 
     async def _verify(
         self,
         reading: Iterable[tuple[Sealing, tuple[BlockSpan, ...]]],
         is_asked: bool,
-        done: Container[tuple[StoredExtent, int]],
+        done: Mapping[StoredExtent, NDArray[np.bool_]],
     ) -> None:
         await _each([(functools.partial(each.verify, is_asked=is_asked, done=done), spans) for each, spans in reading])
 

@@ -22,22 +22,23 @@ from xferd.daemon.storage import records as r
 from xferd.daemon.storage.catalogue import OPEN, SEALED, SUMMED, runs_of_equal, seals_of
 from xferd.daemon.storage.checksums import sums_of
 from xferd.daemon.storage.passing import Awaited, sum_memory
-from xferd.daemon.storage.touching import BlockSpan
+from xferd.daemon.storage.touching import BlockSpan, by_extent, spans_of
 from xferd.plugins.posix import xxh3
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from xferd.daemon.storage.catalogue import Extent
-    from xferd.daemon.storage.passing import Passed
+    from xferd.daemon.storage.passing import Arriving, Passed
     from xferd.daemon.storage.volume import Volume
-    from xferd.plugins.base import IovTable
+    from xferd.plugins.base import BlockSums, IovTable
 
 log = structlog.get_logger(__name__)
 
 _NOTHING_KNOWN: Mapping[tuple[Extent, int], int] = MappingProxyType({})
+_NOTHING_DONE: Mapping[Extent, NDArray[np.bool_]] = MappingProxyType({})
 
 SUM_NBYTES = 32 << 20
 """Bytes that one mover thread sums in one call, so that several share a large span."""
@@ -142,13 +143,13 @@ class Sealing:
         """Sum what a chunk has written from the memory that it came from."""
         awaited = Awaited(chunk)
         if self._has_checksums:
-            await self._complete(awaited, memory)
+            await self.complete(awaited.sums, memory)
         writing.note(chunk, awaited.by_extent())
 
-    async def _complete(self, awaited: Awaited, memory: IovTable) -> None:
-        """Sum in a thread what the backend has not summed."""
-        if not awaited.is_known:
-            await self._volume.movers.run(sum_memory, awaited.sums, memory, xxh3.load())
+    async def complete(self, sums: BlockSums, memory: IovTable) -> None:
+        """Sum in a thread what a backend has not summed, in the memory where it is now."""
+        if not sums.is_known.all():
+            await self._volume.movers.run(sum_memory, sums, memory, xxh3.load())
 
     async def prove(self, writing: Writing) -> None:
         """Prove blocks that were written: on the disk when this returns, checksums and all.
@@ -187,62 +188,54 @@ class Sealing:
         for extent, first, stop in writing.spans:
             extent.writers[first:stop] -= 1
 
-    async def arrived(
-        self, chunk: Awaited, opens: Mapping[Extent, NDArray[np.uint32]], memory: IovTable
-    ) -> set[tuple[Extent, int]]:
-        """Compare what a chunk has read; returns the blocks that were compared.
-
-        What was summed on the way to the memory where it has arrived is compared so, the rest in that memory.
+    async def compare_arrived(
+        self, arriving: Arriving, opens: Mapping[Extent, NDArray[np.uint32]]
+    ) -> list[tuple[Extent, NDArray[np.int64]]]:
+        """Compare blocks that were summed as they arrived, or where; returns which.
 
         Args:
-            chunk: its blocks.
+            arriving: the blocks, of a leg all of which has moved.
             opens: of each extent's blocks, before the first byte was read.
-            memory: where the bytes are now.
 
         Raises:
             IntegrityError: a block is not what was sealed.
         """
-        done: set[tuple[Extent, int]] = set()
-        await self._complete(chunk, memory)
-        for whole, sums in zip(chunk.chunk.whole, chunk.by_extent(), strict=True):
-            extent, numbers = whole.extent, whole.numbers
+        compared = []
+        for (extent, numbers, begin, end), sums in arriving.by_extent():
             same = (extent.opens[numbers] == opens[extent][numbers]) & (extent.writers[numbers] == 0)
             wrong = same & (extent.state[numbers] == SUMMED) & (extent.sums[numbers] != sums)
-            self._counters.verified_nbytes += int((whole.end - whole.begin)[~wrong].sum())
+            self._counters.verified_nbytes += int((end - begin)[~wrong].sum())
             if wrong.any():
                 await self._blame(extent, numbers[wrong].tolist())
-            done.update((extent, number) for number in numbers.tolist())
-        return done
+            compared.append((extent, numbers))
+        return compared
 
     async def verify(
-        self, spans: Sequence[BlockSpan], *, is_asked: bool, done: Container[tuple[Extent, int]] = ()
+        self,
+        spans: Sequence[BlockSpan],
+        *,
+        is_asked: bool,
+        done: Mapping[Extent, NDArray[np.bool_]] = _NOTHING_DONE,
     ) -> None:
         """Compare the bytes of sealed blocks with their checksums. Blocks that are being written are passed over.
 
         Args:
             spans: what was read.
-            done: blocks that were compared where they arrived.
+            done: which blocks of an extent were compared where they arrived.
             is_asked: the caller wants proof of every block, so that an open one is an error too.
 
         Raises:
             IntegrityError: a block is not what was sealed, or has no proof.
             MoveFailed, ShortTransfer: the slab cannot be read.
         """
-        if is_asked:
-            for span in spans:
-                _check_proven(span, self._place(span.extent.slab))
-        known = [
-            part
-            for span in spans
-            if (is_left := [(span.extent, number) not in done for number in range(span.first, span.stop)])
-            and any(is_left)
-            for part in _parts(
-                span,
-                (span.extent.state[span.first : span.stop] == SUMMED)
-                & (span.extent.writers[span.first : span.stop] == 0)
-                & np.array(is_left),
-            )
-        ]
+        known: list[BlockSpan] = []
+        for extent, numbers in by_extent(spans):
+            if is_asked:
+                _check_proven(extent, numbers, self._place(extent.slab))
+            left = (extent.state[numbers] == SUMMED) & (extent.writers[numbers] == 0)
+            if extent in done:
+                left &= ~done[extent][numbers]
+            known += spans_of(extent, numbers[left])
         opens = [span.extent.opens[span.first : span.stop].copy() for span in known]
         for span, before, found in zip(known, opens, await self._sums(known, always=True), strict=True):
             self.compare(span, before, found)
@@ -336,11 +329,10 @@ class Sealing:
         return self._volume.directory.slabs[slab].path
 
 
-def _check_proven(span: BlockSpan, path: str) -> None:
-    extent, first, stop = span
-    bare = (extent.state[first:stop] != SUMMED) & (extent.writers[first:stop] == 0)
+def _check_proven(extent: Extent, numbers: NDArray[np.int64], path: str) -> None:
+    bare = (extent.state[numbers] != SUMMED) & (extent.writers[numbers] == 0)
     if bare.any():
-        block = first + int(np.argmax(bare))
+        block = int(numbers[np.argmax(bare)])
         offset, nbytes = extent.span(block, block + 1)
         raise IntegrityError(
             f"block {block} of {extent} ({nbytes} bytes at {offset} of {path}) has no checksum: no transfer that "

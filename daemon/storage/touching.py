@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -60,6 +61,26 @@ class ExtentIndex:
                 return [span]
             iov = np.array([[start, size]], np.uint64)
         return self._columns.touched(iov)
+
+
+def by_extent(spans: Iterable[BlockSpan]) -> Iterator[tuple[Extent, NDArray[np.int64]]]:
+    """Yield each extent with the numbers of all of its blocks; spans of one extent follow each other.
+
+    Scattered blocks are many spans, and each step of numpy has its price.
+    """
+    for extent, group in itertools.groupby(spans, key=lambda span: span.extent):
+        numbers = [np.arange(first, stop, dtype=np.int64) for _, first, stop in group]
+        yield extent, numbers[0] if len(numbers) == 1 else np.concatenate(numbers)
+
+
+def spans_of(extent: Extent, numbers: NDArray[np.int64]) -> list[BlockSpan]:
+    """Return the spans of blocks whose numbers follow each other, in the order given."""
+    if not len(numbers):
+        return []
+    heads = np.flatnonzero(np.append(True, np.diff(numbers) != 1))
+    tails = np.append(heads[1:], len(numbers)) - 1
+    columns = zip(numbers[heads].tolist(), numbers[tails].tolist(), strict=True)
+    return [BlockSpan(extent, first, last + 1) for first, last in columns]
 
 
 def is_one_run(iov: IovTable) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,11 +15,14 @@ from storage_rig import KIB, damage, extent, opened, pattern, span
 from xferd.api.errors import IntegrityError
 from xferd.daemon.storage.catalogue import SUMMED
 from xferd.daemon.storage.checksums import sums_of
-from xferd.daemon.storage.passing import Awaited, passed, sum_memory
+from xferd.daemon.storage.passing import Arriving, Awaited, covered, passed, sum_memory
 from xferd.daemon.storage.touching import ExtentIndex
 from xferd.plugins.base import Extent, MappedSpace
 from xferd.plugins.posix import xxh3
 from xferd.plugins.vectored import iov_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @st.composite
@@ -62,9 +66,9 @@ def test_sums_from_memory_are_those_of_the_bytes_where_they_go(summer, data):
             begin, stop = int(awaited.sums.begin[i]), int(awaited.sums.stop[i])
             awaited.sums.values[i] = xxhash.xxh3_64_intdigest(stream[begin:stop].tobytes())
             awaited.sums.is_known[i] = True
-        if not awaited.is_known:
+        if not awaited.sums.is_known.all():
             sum_memory(awaited.sums, memory, summer)
-        assert awaited.is_known
+        assert awaited.sums.is_known.all()
         for whole, sums in zip(chunk.whole, awaited.by_extent(), strict=True):
             for number, value in zip(whole.numbers.tolist(), sums.tolist(), strict=True):
                 assert value == int(sums_of(fd, "slab", whole.extent, number, number + 1)[0])
@@ -125,7 +129,7 @@ async def test_a_read_is_compared_where_it_arrives_and_damage_is_the_disks_or_th
         async def read(got: bytes) -> None:
             ticket = rig.sealer.reading([whole], is_asked=True)
             target = Extent(MappedSpace(), iov_of(got))
-            awaited = rig.sealer.arriving(ticket, whole, target)
+            awaited = rig.sealer.arriving(ticket, whole, 0, whole, target)
             await rig.sealer.arrived(ticket, awaited, whole, target)
             await rig.sealer.finish(ticket)
 
@@ -139,6 +143,81 @@ async def test_a_read_is_compared_where_it_arrives_and_damage_is_the_disks_or_th
         with pytest.raises(IntegrityError, match=r"block 5 of extent 1 .* has checksum"):
             await read(os.pread(made.space.fd, 64 * KIB, made.position))
         assert rig.pool.statistics().damaged_blocks == 1
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_blocks_of_a_leg_are_known_by_whichever_chunks_bring_them_whole(data):
+    """Rows in any order, chunks cut anywhere that arrive in any order or twice: each block once, with its own sum."""
+    index, extents, at = ExtentIndex(), [], 0
+    for number, size in enumerate(data.draw(st.lists(st.integers(1, 40_000), min_size=1, max_size=3))):
+        extents.append(extent(number, at, size, data.draw(st.sampled_from([4096, 5000]))))
+        at += extents[-1].room
+    index.add(extents)
+    start = data.draw(st.integers(0, at - 1))
+    total = data.draw(st.integers(1, at - start))
+    pieces = data.draw(cuts(total))
+    offsets = np.cumsum([0, *pieces[:-1]])
+    order = data.draw(st.permutations(range(len(pieces))))
+    file = np.array([[start + offsets[i], pieces[i]] for i in order], dtype=np.uint64)
+    stream = np.frombuffer(pattern(1, total), np.uint8)
+    leg = covered(index.touched(file), file)
+    arriving = Arriving(leg)
+    marks = np.cumsum([0, *data.draw(cuts(total))]).tolist()
+    chunks = list(itertools.pairwise(marks))
+    for begin, stop in [*data.draw(st.permutations(chunks)), chunks[0]]:
+        chunk = arriving.chunk(begin, stop)
+        if chunk is not None:
+            assert (chunk.sums.begin >= 0).all()
+            assert (chunk.sums.stop <= stop - begin).all()
+            here = stream[begin:stop].tobytes()
+            sum_memory(chunk.sums, iov_of(here), None)
+            chunk.note()
+    cut = set(marks)
+    expected = {
+        (whole.extent.id, number): xxhash.xxh3_64_intdigest(stream[begin:end].tobytes())
+        for whole in leg.whole
+        for number, begin, end in zip(*(column.tolist() for column in whole[1:]), strict=True)
+        if not any(begin < mark < end for mark in cut)
+    }
+    found = [
+        ((whole.extent.id, number), value)
+        for whole, sums in arriving.by_extent()
+        for number, value in zip(whole.numbers.tolist(), sums.tolist(), strict=True)
+    ]
+    assert len(found) == len(dict(found))
+    assert dict(found) == expected
+
+
+async def test_chunks_of_a_scattered_read_are_compared_at_its_end_each_block_once(tmp_path):
+    async with opened(tmp_path) as rig:
+        (made,) = await rig.allocate(256 * KIB)
+        data = pattern(1, 256 * KIB)
+        await rig.write(made, data)
+        places = np.random.default_rng(1).permutation(16).tolist()  # pieces of 16 KiB, four blocks each
+        rows = np.array([[made.position + place * 16 * KIB, 16 * KIB] for place in places], np.uint64)
+        whole = Extent(made.space, rows)
+        got = bytearray(b"".join(data[place * 16 * KIB : (place + 1) * 16 * KIB] for place in places))
+
+        async def read(*, told: Sequence[int]) -> None:
+            ticket = rig.sealer.reading([whole], is_asked=True)
+            for start in told:
+                part = whole.cut(start, start + 40 * KIB)  # ends within a piece, not within a block
+                here = bytes(got[start : start + 40 * KIB])
+                target = Extent(MappedSpace(), iov_of(here))
+                awaited = rig.sealer.arriving(ticket, whole, start, part, target)
+                await rig.sealer.arrived(ticket, awaited, part, target)
+            await rig.sealer.finish(ticket)
+
+        chunks = range(0, 240 * KIB, 40 * KIB)
+        for told in (chunks, [80 * KIB, 0], []):
+            before = rig.pool.counters.verified_nbytes
+            await read(told=told)
+            assert rig.pool.counters.verified_nbytes - before == 256 * KIB
+        got[50 * KIB] ^= 1
+        await read(told=[0])
+        with pytest.raises(IntegrityError, match="arrived with other bytes"):
+            await read(told=chunks)
 
 
 async def test_a_read_that_nobody_wants_compared_has_no_ticket(tmp_path):

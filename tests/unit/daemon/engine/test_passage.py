@@ -111,7 +111,7 @@ class Proof(NoSealer):
     async def passed(self, ticket: Any, source: Extent, target: Extent) -> None:
         self.story.append(f"passed {ticket}")
 
-    def arriving(self, ticket: Any, source: Extent, target: Extent) -> Any:
+    def arriving(self, ticket: Any, leg: Extent, start: int, source: Extent, target: Extent) -> Any:
         return Awaited()
 
     async def arrived(self, ticket: Any, chunk: Any, source: Extent, target: Extent) -> None:
@@ -132,7 +132,7 @@ def passage(store: Store, *legs: int, sealer: Any = None) -> Passage:
 async def test_a_leg_is_opened_once_for_all_its_chunks() -> None:
     store = Store()
     one = passage(store, 3)
-    moves = await asyncio.gather(*(one.moves(0, route("s")) for _ in range(3)))
+    moves = await asyncio.gather(*(one.moves(0, route("s"), 0) for _ in range(3)))
     assert store.story == ["open 30 True True"]
     assert len({id(move.__self__) for [move] in moves}) == 1
     await one.commit()
@@ -142,8 +142,8 @@ async def test_a_leg_is_opened_once_for_all_its_chunks() -> None:
 async def test_proof_is_begun_before_the_first_leg_and_what_was_read_is_compared_before_anything_appears() -> None:
     store = Store()
     one = passage(store, 1, 1, sealer=Proof(store.story))
-    await one.moves(0, route("s"))
-    await one.moves(1, route("s"))
+    await one.moves(0, route("s"), 0)
+    await one.moves(1, route("s"), 0)
     await one.commit()
     assert [word.split()[0] for word in store.story] == [
         *("begin", "open", "open", "finish", "commit", "commit", "seal"),
@@ -154,7 +154,7 @@ async def test_proof_is_begun_before_the_first_leg_and_what_was_read_is_compared
 async def test_proof_sees_the_bytes_of_whole_chunks_as_they_pass() -> None:
     store = Store()
     one = passage(store, 1, sealer=Proof(store.story))
-    [move] = await one.moves(0, route("s"))
+    [move] = await one.moves(0, route("s"), 0)
     nothing = cast("Any", None)
     assert await move(Chunk(nothing, nothing, 10, "x", "c")) == 10
     assert store.story[-3:] == ["move x", "arrived reading True", "passed ticket"]
@@ -165,7 +165,7 @@ async def test_of_two_hops_the_first_is_proof_of_what_was_read_and_the_last_of_w
     store = Store()
     one = passage(store, 1, sealer=Proof(store.story))
     both = replace(route("s"), hops=route("s").hops * 2)
-    first, last = await one.moves(0, both)
+    first, last = await one.moves(0, both, 0)
     nothing = cast("Any", None)
     await first(Chunk(nothing, nothing, 10, "x", "c"))
     assert store.story[-2:] == ["move x", "arrived reading True"]
@@ -178,7 +178,7 @@ async def test_proof_does_not_see_a_chunk_that_moved_in_part() -> None:
     store = Store()
     store.moves_short = True
     one = passage(store, 1, sealer=Proof(store.story))
-    [move] = await one.moves(0, route("s"))
+    [move] = await one.moves(0, route("s"), 0)
     nothing = cast("Any", None)
     assert await move(Chunk(nothing, nothing, 10, "x", "c")) == 9
     assert store.story[-1] == "move x"
@@ -188,8 +188,8 @@ async def test_where_one_commit_fails_the_rest_is_dropped() -> None:
     store = Store()
     store.fails = {"leg1"}
     one = passage(store, 1, 1, sealer=Proof(store.story))
-    await one.moves(0, route("s"))
-    await one.moves(1, route("s"))
+    await one.moves(0, route("s"), 0)
+    await one.moves(1, route("s"), 0)
     with pytest.raises(MoveFailed):
         await one.commit()
     assert store.story[-3:] == ["commit leg1", "abort leg2", "abandon"]
@@ -200,7 +200,7 @@ async def test_bytes_that_do_not_verify_fail_the_commit_and_appear_nowhere() -> 
     proof = Proof(store.story)
     proof.bad = True
     one = passage(store, 1, sealer=proof)
-    await one.moves(0, route("s"))
+    await one.moves(0, route("s"), 0)
     with pytest.raises(IntegrityError):
         await one.commit()
     assert store.story[-3:] == ["finish reading True", "abort leg1", "abandon"]
@@ -211,7 +211,7 @@ async def test_abandon_drops_all_once_and_nothing_where_nothing_was_opened() -> 
     await passage(store, 1).abandon()
     assert store.story == []
     one = passage(store, 1, sealer=Proof(store.story))
-    await one.moves(0, route("s"))
+    await one.moves(0, route("s"), 0)
     await one.abandon()
     await one.abandon()
     assert store.story == ["begin", "open 10 True True", "abort leg1", "abandon"]
@@ -221,13 +221,13 @@ async def test_a_cancelled_open_leaves_the_leg_for_the_next_chunk() -> None:
     store = Store()
     store.gate = asyncio.Event()
     one = passage(store, 2)
-    first = asyncio.create_task(one.moves(0, route("s")))
+    first = asyncio.create_task(one.moves(0, route("s"), 0))
     await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
     store.gate.set()
-    await one.moves(0, route("s"))
+    await one.moves(0, route("s"), 0)
     assert store.opened == 1
 
 
@@ -271,7 +271,7 @@ async def test_a_durable_leg_to_a_file_is_opened_and_committed_once_for_all_its_
     store = flushing()
     one = durable_passage(store, to_file(plan((3, (route("s"),)))))
     for _ in range(3):
-        [move] = await one.moves(0, route("s"))
+        [move] = await one.moves(0, route("s"), 0)
         await move(Chunk(cast("Any", None), cast("Any", None), 10, "x", "c"))
     await one.commit()
     assert store.story == ["open 30 True True", *["move x"] * 3, "commit leg1"]
@@ -282,7 +282,7 @@ async def test_a_durable_leg_by_way_of_staging_memory_is_opened_for_the_hop_to_t
     store = flushing()
     both = replace(route("s"), hops=route("s").hops * 2)
     one = durable_passage(store, to_file(plan((1, (both,)))))
-    first, last = await one.moves(0, both)
+    first, last = await one.moves(0, both, 0)
     nothing = cast("Any", None)
     await first(Chunk(nothing, nothing, 10, "x", "c"))
     await last(Chunk(nothing, nothing, 10, "y", "c"))
@@ -294,16 +294,16 @@ async def test_a_flush_that_fails_is_how_the_commit_fails() -> None:
     store = flushing()
     store.fails = {"leg1"}
     one = durable_passage(store, to_file(plan((1, (route("s"),)))))
-    await one.moves(0, route("s"))
+    await one.moves(0, route("s"), 0)
     with pytest.raises(MoveFailed):
         await one.commit()
 
 
 async def test_what_is_no_file_is_not_flushed_and_a_storage_pool_does_so_itself() -> None:
     store = flushing()
-    await durable_passage(store, plan((1, (route("s"),)))).moves(0, route("s"))
-    await durable_passage(store, turned(to_file(plan((1, (route("s"),)))))).moves(0, route("s"))
-    await durable_passage(store, to_file(plan((1, (route("s"),)))), sealer=Proof([])).moves(0, route("s"))
+    await durable_passage(store, plan((1, (route("s"),)))).moves(0, route("s"), 0)
+    await durable_passage(store, turned(to_file(plan((1, (route("s"),)))))).moves(0, route("s"), 0)
+    await durable_passage(store, to_file(plan((1, (route("s"),)))), sealer=Proof([])).moves(0, route("s"), 0)
     assert store.opened == 0
 
 
@@ -312,8 +312,8 @@ async def test_a_backend_that_cannot_flush_is_no_route_for_a_durable_transfer_to
     store.flushes = False
     one = durable_passage(store, to_file(plan((1, (route("s"),)))))
     with pytest.raises(Unsupported, match="s does not put on the disk"):
-        await one.moves(0, route("s"))
+        await one.moves(0, route("s"), 0)
     assert isinstance(Unsupported("x"), ROUTE_FAULTS), "the next route is tried"
     store.is_transactional = True
     with pytest.raises(Unsupported):
-        await durable_passage(store, to_file(plan((1, (route("s"),))))).moves(0, route("s"))
+        await durable_passage(store, to_file(plan((1, (route("s"),))))).moves(0, route("s"), 0)
