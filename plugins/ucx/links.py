@@ -68,7 +68,7 @@ class Links:
             Closed: the backend was closed meanwhile.
         """
         peer = self.peer(space.node)
-        if not peer.opening.locked() and (link := _good(peer.link, space)):
+        if (link := _good(peer.link, space)) is not None:
             return link
         # Who asks may be cancelled, the opening is not: the peer has connected back to us then, and UCX gives the
         # next endpoint what is left of the one that nobody took.

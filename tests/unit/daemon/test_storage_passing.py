@@ -16,7 +16,7 @@ from xferd.api.errors import IntegrityError
 from xferd.daemon.storage.catalogue import SUMMED
 from xferd.daemon.storage.checksums import sums_of
 from xferd.daemon.storage.passing import Arriving, Awaited, covered, passed, sum_memory
-from xferd.daemon.storage.touching import ExtentIndex
+from xferd.daemon.storage.touching import BlockSpan, ExtentIndex, spans_of
 from xferd.plugins.base import Extent, MappedSpace
 from xferd.plugins.posix import xxh3
 from xferd.plugins.vectored import iov_of
@@ -218,6 +218,42 @@ async def test_chunks_of_a_scattered_read_are_compared_at_its_end_each_block_onc
         await read(told=[0])
         with pytest.raises(IntegrityError, match="arrived with other bytes"):
             await read(told=chunks)
+
+
+async def test_what_cannot_be_summed_where_it_arrives_is_read_once_more(tmp_path):
+    """Memory of another kind, and pieces that are too small to be worth it."""
+    async with opened(tmp_path) as rig:
+        (made,) = await rig.allocate(64 * KIB)
+        await rig.write(made, pattern(1, 64 * KIB))
+        whole = span(made, 0, 64 * KIB)
+        memory = bytearray(64 * KIB)
+        pieces = np.array([[iov_of(memory)[0, 0] + i * 4 * KIB, 4 * KIB] for i in range(16)], np.uint64)
+        for target in (Extent(whole.space, iov_of(memory)), Extent(MappedSpace(), pieces)):
+            ticket = rig.sealer.reading([whole], is_asked=True)
+            assert rig.sealer.arriving(ticket, whole, 0, whole, target) is None
+            before = rig.pool.counters.verified_nbytes
+            await rig.sealer.finish(ticket)
+            assert rig.pool.counters.verified_nbytes - before == 64 * KIB
+
+
+async def test_a_block_that_is_written_while_it_arrives_is_nobodys_fault(tmp_path):
+    async with opened(tmp_path) as rig:
+        (made,) = await rig.allocate(64 * KIB)
+        await rig.write(made, pattern(1, 64 * KIB))
+        whole, target = span(made, 0, 64 * KIB), Extent(MappedSpace(), iov_of(late := pattern(2, 64 * KIB)))
+        ticket = rig.sealer.reading([whole], is_asked=True)
+        awaited = rig.sealer.arriving(ticket, whole, 0, whole, target)
+        await rig.write(made, late)
+        await rig.sealer.arrived(ticket, awaited, whole, target)
+        await rig.write(made, pattern(3, 64 * KIB))
+        await rig.sealer.finish(ticket)
+
+
+def test_blocks_whose_numbers_follow_each_other_are_one_span():
+    one = extent(1, 0, 64 * KIB, 4096)
+    numbers = np.array([7, 8, 9, 3, 5, 6], np.int64)
+    assert spans_of(one, numbers) == [BlockSpan(one, 7, 10), BlockSpan(one, 3, 4), BlockSpan(one, 5, 7)]
+    assert spans_of(one, numbers[:0]) == []
 
 
 async def test_a_read_that_nobody_wants_compared_has_no_ticket(tmp_path):

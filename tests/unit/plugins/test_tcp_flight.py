@@ -102,6 +102,20 @@ async def nudge(rig, lane):
     return go
 
 
+def requests_of(rig, hook=lambda: None):
+    """Return a list of what the peer will be asked; ``hook`` is called before."""
+    asked, (peer,) = [], rig.backend._peers()
+    request = peer.control.request
+
+    async def asking(message, timeout_s):
+        asked.append(message.WhichOneof("request"))
+        hook()
+        return await request(message, timeout_s)
+
+    peer.control.request = asking
+    return asked
+
+
 async def test_the_first_chunk_is_left_to_move_and_later_ones_are_begun():
     async with rig_of() as rig:
         source, target = memory(rig, "READ")
@@ -182,15 +196,7 @@ async def test_what_does_not_end_in_time_is_cut_and_the_peer_is_asked(op):
             return open_grant(*arguments)
 
         rig._handler.open_grant = opening
-        asked, (peer,) = [], rig.backend._peers()
-        request = peer.control.request
-
-        async def asking(message, timeout_s):
-            asked.append(message.WhichOneof("request"))
-            may_go.set()
-            return await request(message, timeout_s)
-
-        peer.control.request = asking
+        asked = requests_of(rig, may_go.set)
         ends = begin(rig, chunk_of(source, target))
         assert await asyncio.to_thread(is_in.wait, 5.0)
         ends.handle.abort()
@@ -209,10 +215,12 @@ async def test_a_lane_that_breaks_before_its_thread_is_awake_fails_the_chunk(op)
         lane = await lane_of(rig)
         go = await nudge(rig, lane)
         source, target = memory(rig, op)
+        asked = requests_of(rig)
         ends = begin(rig, chunk_of(source, target))
         lane.abort("a test")
         go.set()
         end = await ends.get()
+        assert asked == (["quiesce"] if op == "WRITE" else []), "it may still write what it had received"
         assert isinstance(end, PeerLost)
         assert "a test" in str(end)
         assert rig.backend.statistics().failures == 1

@@ -207,6 +207,7 @@ def test_what_never_ends_is_ended_by_another_start_of_ucx(ucp, transports):
             assert isinstance(message.wait().error, PeerLost)
             assert "a test" in str(message.operation.error)
         stuck.is_stuck = False
+        asyncio.run(asyncio.wait_for(there.closed(), 5.0))
         assert one.address != address
         late = Message(one, there, 10, is_send=True)
         assert isinstance(late.wait().error, PeerLost)
