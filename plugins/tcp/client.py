@@ -214,5 +214,5 @@ class ClientLane:
             self.left.set_result(None)
         self._on_left(self)
 
-    def _not_begun(self) -> PeerLost:
-        return PeerLost(f"node {self.peer.node!r}: {self.stream.reason or 'lane broke'}")
+    def _not_begun(self) -> XferdError:
+        return explain(PeerLost("the data lane broke"), self.peer.node, self.stream.reason)

@@ -170,7 +170,7 @@ class LanePool:
         self._idle.clear()
         for wait in self._waits:
             if not wait.place.done():
-                wait.place.set_exception(PeerLost(self._reason))
+                wait.place.set_exception(PeerLost(self._reason, remedy="post it again"))
         self._waits.clear()
         for lane in list(self.lanes):  # some leave at once
             lane.abort(reason)
@@ -181,7 +181,7 @@ class LanePool:
 
     def _check(self) -> None:
         if self._reason:
-            raise PeerLost(self._reason)
+            raise PeerLost(self._reason, remedy="post it again")
 
     def _grant(self) -> None:
         """Serve who waits, the first one first, as long as there is something for it."""

@@ -95,7 +95,7 @@ class SmallLane:
         ticket = Ticket(self._loop)
         ticket.claim()
         if not self.is_good:
-            ticket.settle(0, PeerLost(f"node {self.peer.node!r}: {self._reason or 'lane broke'}"))
+            ticket.settle(0, explain(PeerLost("the data lane broke"), self.peer.node, self._reason))
             return ticket
         self._request_id += 1
         self._ticket = ticket

@@ -223,6 +223,7 @@ async def test_a_lane_that_breaks_before_its_thread_is_awake_fails_the_chunk(op)
         assert asked == (["quiesce"] if op == "WRITE" else []), "it may still write what it had received"
         assert isinstance(end, PeerLost)
         assert "a test" in str(end)
+        assert end.remedy
         assert rig.backend.statistics().failures == 1
         assert rig.backend.statistics().busy == 0
         again = chunk_of(*memory(rig, op), transfer="t2")
