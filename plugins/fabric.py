@@ -1,6 +1,7 @@
 """What a backend is that serves peers by requests over a ``PeerTransport``, and moves the payload by a way of its own.
 
 The transport proves who a peer is and notices its end; so such a backend has no handshake of its own. ``ucx`` is one.
+What asks a peer for a chunk is the same message whoever carries its bytes.
 """
 
 from __future__ import annotations
@@ -8,10 +9,29 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING, ClassVar
 
+from xferd.api.proto import peer_v1_pb2 as peer_pb, xferd_v1_pb2 as xferd_pb
+
 if TYPE_CHECKING:
-    from xferd.api.proto import peer_v1_pb2 as peer_pb
     from xferd.api.types import NodeInfo
-    from xferd.plugins.base import PeerHandler, PeerIdentity, PeerTransport
+    from xferd.plugins.base import Chunk, Extent, PeerHandler, PeerIdentity, PeerTransport
+
+
+def data_request(chunk: Chunk, remote: Extent, epoch: int, *, is_write: bool) -> peer_pb.DataRequest:
+    """Return the request for a chunk whose side ``remote`` is at a peer of that epoch."""
+    assert remote.region is not None
+    return peer_pb.DataRequest(
+        transfer_id=chunk.transfer_id,
+        cause_id=chunk.cause_id,
+        op=xferd_pb.TRANSFER_OP_WRITE if is_write else xferd_pb.TRANSFER_OP_READ,
+        epoch=epoch,
+        region=remote.region.astype("<u8", copy=False).tobytes(),
+        offset=remote.iov[:, 0].astype("<u8", copy=False).tobytes(),
+        nbytes=remote.iov[:, 1].astype("<u8", copy=False).tobytes(),
+        total_nbytes=chunk.nbytes,
+        agent=chunk.agent,
+        verify=chunk.verify,
+        durable=chunk.durable and is_write,
+    )
 
 
 class PeerService(abc.ABC):

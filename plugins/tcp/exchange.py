@@ -12,6 +12,7 @@ from xferd.api import wire
 from xferd.api.errors import LimitExceeded, PeerLost, ProtocolViolation, ShortTransfer, XferdError
 from xferd.api.proto import peer_v1_pb2 as pb, xferd_v1_pb2 as xferd_pb
 from xferd.plugins import vectored
+from xferd.plugins.fabric import data_request
 from xferd.plugins.tcp.frames import FrameLimits, FrameType, Header, decode_control
 
 if TYPE_CHECKING:
@@ -40,21 +41,7 @@ class Exchange:
     @classmethod
     def of(cls, chunk: Chunk, remote: Extent, local: Extent, epoch: int, *, is_write: bool) -> Exchange:
         """Build the exchange that moves a chunk."""
-        assert remote.region is not None
-        request = pb.DataRequest(
-            transfer_id=chunk.transfer_id,
-            cause_id=chunk.cause_id,
-            op=xferd_pb.TRANSFER_OP_WRITE if is_write else xferd_pb.TRANSFER_OP_READ,
-            epoch=epoch,
-            region=remote.region.astype("<u8", copy=False).tobytes(),
-            offset=remote.iov[:, 0].astype("<u8", copy=False).tobytes(),
-            nbytes=remote.iov[:, 1].astype("<u8", copy=False).tobytes(),
-            total_nbytes=chunk.nbytes,
-            agent=chunk.agent,
-            verify=chunk.verify,
-            durable=chunk.durable and is_write,
-        )
-        return cls(request, local.iov, is_write)
+        return cls(data_request(chunk, remote, epoch, is_write=is_write), local.iov, is_write)
 
     @property
     def payload(self) -> IovTable | None:

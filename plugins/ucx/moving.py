@@ -7,8 +7,9 @@ import secrets
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import ProtocolViolation, ShortTransfer
-from xferd.api.proto import peer_v1_pb2 as pb, xferd_v1_pb2 as xferd_pb
+from xferd.api.proto import peer_v1_pb2 as pb
 from xferd.plugins import vectored
+from xferd.plugins.fabric import data_request
 from xferd.plugins.ucx.worker import Endpoint, Operation
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ class Moving:
     def __init__(
         self, chunk: Chunk, remote: Extent, local: Extent, endpoint: Endpoint, epoch: int, *, is_write: bool
     ) -> None:
-        assert remote.region is not None
         self.id = secrets.randbits(64)
         self.is_write = is_write
         self.endpoint = endpoint
@@ -36,21 +36,7 @@ class Moving:
         self._is_stopped = False
         self._tag = 0 if is_write else secrets.randbits(64)
         self.request = pb.UcxMove(
-            request=pb.DataRequest(
-                transfer_id=chunk.transfer_id,
-                cause_id=chunk.cause_id,
-                op=xferd_pb.TRANSFER_OP_WRITE if is_write else xferd_pb.TRANSFER_OP_READ,
-                epoch=epoch,
-                region=remote.region.astype("<u8", copy=False).tobytes(),
-                offset=remote.iov[:, 0].astype("<u8", copy=False).tobytes(),
-                nbytes=remote.iov[:, 1].astype("<u8", copy=False).tobytes(),
-                total_nbytes=chunk.nbytes,
-                agent=chunk.agent,
-                verify=chunk.verify,
-                durable=chunk.durable and is_write,
-            ),
-            id=self.id,
-            tag=self._tag,
+            request=data_request(chunk, remote, epoch, is_write=is_write), id=self.id, tag=self._tag
         )
 
     def receive(self, worker: Worker) -> None:
