@@ -194,9 +194,11 @@ def pair(one, other):
 @pytest.mark.parametrize("transports", TRANSPORTS)
 def test_what_never_ends_is_ended_by_another_start_of_ucx(ucp, transports):
     stuck = Stuck(ucp)
-    one, other = Worker(stuck, {"TLS": transports}, patience_s=0.1), Worker(ucp, {"TLS": transports})
+    one = Worker(stuck, {"TLS": transports}, patience_s=0.1)
+    other, bystander = (Worker(ucp, {"TLS": transports}) for _ in range(2))
     try:
         there, _ = pair(one, other)
+        aside, _ = pair(one, bystander)
         sent, awaited = (Message(one, there, NBYTES, is_send=way, tag=8) for way in (True, False))
         address, have_begun = one.address, threading.Event()
         one._post(have_begun.set)
@@ -207,7 +209,9 @@ def test_what_never_ends_is_ended_by_another_start_of_ucx(ucp, transports):
             assert isinstance(message.wait().error, PeerLost)
             assert "a test" in str(message.operation.error)
         stuck.is_stuck = False
-        asyncio.run(asyncio.wait_for(there.closed(), 5.0))
+        for endpoint in (there, aside):  # it ends what moves with others, too
+            asyncio.run(asyncio.wait_for(endpoint.closed(), 5.0))
+        assert "anew" in aside.failure
         assert one.address != address
         late = Message(one, there, 10, is_send=True)
         assert isinstance(late.wait().error, PeerLost)
@@ -218,8 +222,8 @@ def test_what_never_ends_is_ended_by_another_start_of_ucx(ucp, transports):
         finally:
             renewed.stop()
     finally:
-        one.stop()
-        other.stop()
+        for worker in (one, other, bystander):
+            worker.stop()
 
 
 def test_an_endpoint_that_ends_in_time_restarts_nothing(ucp):
