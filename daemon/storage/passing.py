@@ -7,12 +7,10 @@ when the transfer ends. What the backend has summed as it moved the bytes (``Blo
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import xxhash
 
 from xferd.daemon.storage.touching import by_extent, is_one_run
 from xferd.plugins.base import BlockSums
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from xferd.daemon.storage.catalogue import Extent
     from xferd.daemon.storage.touching import BlockSpan
     from xferd.plugins.base import IovTable
-    from xferd.plugins.posix.xxh3 import Summer
 
 MIN_PIECE_NBYTES = 16 << 10
 """Mean size of the pieces of memory below which the interpreter would cost more than reading back."""
@@ -176,40 +173,6 @@ class ArrivingChunk:
     def note(self) -> None:
         """Be told that the chunk has arrived, and that all sums are known."""
         self.leg.note(self.blocks, self.sums.values)
-
-
-def sum_memory(sums: BlockSums, memory: IovTable, summer: Summer | None) -> None:
-    """Make the sums that are missing, from memory rows of this process that stay in place meanwhile. For threads.
-
-    Without a ``summer`` it takes a loop of the interpreter, which for small blocks costs as much as the sums.
-    """
-    missing = ~sums.is_known
-    rest = BlockSums.of(sums.begin[missing], sums.stop[missing])
-    if summer is None or not summer.sum_memory(rest, memory):
-        rest.values[:] = _sums_by_calls(rest.begin, rest.stop, memory)
-    sums.values[missing] = rest.values
-    sums.is_known[:] = True
-
-
-def _sums_by_calls(begins: NDArray[np.int64], ends: NDArray[np.int64], memory: IovTable) -> list[int]:
-    address = memory[:, 0].astype(np.int64)
-    end = np.cumsum(memory[:, 1].astype(np.int64))
-    start = end - memory[:, 1].astype(np.int64)
-    low = int(address.min())
-    span = int((address + (end - start)).max()) - low
-    # One view over all of it, of which only the rows are ever touched: making one for each would cost more.
-    view = memoryview((ctypes.c_char * span).from_address(low)).cast("B")
-    first = np.searchsorted(end, begins, side="right").tolist()
-    last = np.searchsorted(end, ends, side="left").tolist()
-    sums = []
-    for begin, stop, i, j in zip(begins.tolist(), ends.tolist(), first, last, strict=True):
-        state = xxhash.xxh3_64()
-        for row in range(i, j + 1):
-            here, there = max(begin, int(start[row])), min(stop, int(end[row]))
-            at = int(address[row]) - low + here - int(start[row])
-            state.update(view[at : at + there - here])
-        sums.append(int(state.intdigest()))
-    return sums
 
 
 class _Runs(NamedTuple):

@@ -21,7 +21,7 @@ from xferd.api.errors import IntegrityError
 from xferd.daemon.storage import records as r
 from xferd.daemon.storage.catalogue import OPEN, SEALED, SUMMED, runs_of_equal, seals_of
 from xferd.daemon.storage.checksums import sums_of
-from xferd.daemon.storage.passing import Awaited, sum_memory
+from xferd.daemon.storage.passing import Awaited
 from xferd.daemon.storage.touching import BlockSpan, by_extent, spans_of
 from xferd.plugins.posix import xxh3
 
@@ -149,7 +149,7 @@ class Sealing:
     async def complete(self, sums: BlockSums, memory: IovTable) -> None:
         """Sum in a thread what a backend has not summed, in the memory where it is now."""
         if not sums.is_known.all():
-            await self._volume.movers.run(sum_memory, sums, memory, xxh3.load())
+            await self._volume.movers.run(xxh3.sum_memory, sums, memory, xxh3.load())
 
     async def prove(self, writing: Writing) -> None:
         """Prove blocks that were written: on the disk when this returns, checksums and all.

@@ -98,6 +98,8 @@ class ObjectBackend(Backend, ObjectCatalog):
     async def aclose(self) -> None:
         """Wait for copies under way, then end the threads; requests that are still under way place nothing."""
         self._closed = True
+        for store in self._stores.values():
+            await store.aclose()
         await self._movers.aclose()
 
     def pairs(self) -> frozenset[tuple[SpaceKind, SpaceKind]]:

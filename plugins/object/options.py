@@ -29,6 +29,7 @@ class StoreOptions(Options):
 
     ``url`` is ``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``, ``file:///directory`` or
     ``memory:///``. ``request_timeout`` is for one attempt, ``retry_timeout`` for all attempts of one request.
+    ``direct_gets``: what an ``http://`` endpoint that speaks S3 sends goes straight to its places (``direct.py``).
     """
 
     url: str
@@ -42,6 +43,7 @@ class StoreOptions(Options):
     allow_http: bool = False
     virtual_hosted: bool = False
     read_only: bool = False
+    direct_gets: bool = True
     max_concurrency: int = Field(32, ge=1, le=1024)
     connect_timeout: Annotated[Seconds, Field(gt=0)] = 5.0
     request_timeout: Annotated[Seconds, Field(gt=0)] = 30.0

@@ -32,6 +32,15 @@ class Get:
     target: IovTable
     offset: NDArray[np.uint64] | None = None
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether its spans are all of the range, one after the other."""
+        if self.offset is None:
+            return True
+        ends = self.target[:, 1].cumsum()
+        is_next = bool((self.offset[1:] == ends[:-1]).all())
+        return is_next and int(self.offset[0]) == 0 and int(ends[-1]) == self.stop - self.start
+
     def tables(self, address: int) -> tuple[IovTable, IovTable]:
         """Return where to copy from and to, with the range's bytes at ``address``."""
         if self.offset is None:  # one row: what copies then looks at half as many

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 from xferd.api.errors import NotFound
-from xferd.plugins.base import ObjectSpace, ObjectsSpace, OpenLeg
+from xferd.plugins.base import MappedSpace, ObjectSpace, ObjectsSpace, OpenLeg
 from xferd.plugins.object.digests import WholeCheck
+from xferd.plugins.object.direct import Ask
+from xferd.plugins.object.fetching import Range
 from xferd.plugins.object.placing import Arrival
 from xferd.plugins.object.ranges import by_object, covers, plan_gets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
     from typing import TypeAlias
 
@@ -115,6 +118,10 @@ class Reader:
             raise
 
     async def _read_all(self, store: Store, jobs: list[_Job], target: Space) -> None:
+        if store.direct is not None and isinstance(target, MappedSpace):
+            jobs = await self._read_straight(store, jobs)
+        if not jobs:
+            return
         if len(jobs) == 1:
             await self._read_one(store, jobs[0], target)
             return
@@ -132,6 +139,18 @@ class Reader:
             return
         raise first
 
+    async def _read_straight(self, store: Store, jobs: list[_Job]) -> list[_Job]:
+        """Have bytes put in place as they are received, where that can be; returns what has to come another way."""
+        straight = [job for job in jobs if job.get.is_dense]
+        received = await store.get_into([_ask(job) for job in straight])
+        left = [job for job in jobs if not job.get.is_dense]
+        for job, got in zip(straight, received, strict=True):
+            if got is None:
+                left.append(job)
+            elif job.check is not None and got.leaves is not None:
+                job.check.add(job.get.start, got.leaves, got.attributes)
+        return left
+
     async def _work(self, store: Store, left: Iterator[_Job], target: Space) -> None:
         for job in left:
             await self._read_one(store, job, target)
@@ -142,7 +161,7 @@ class Reader:
         try:
             got = await store.get(space.key, get.start, get.stop, space.version.etag)
             attributes = got.attributes if check is not None else {}
-            hashes = check is not None and check.expects(attributes) and check.wants(get.start, get.stop)
+            hashes = _wants_digests(check, get, attributes)
             leaves = await self._placer.place(Arrival(got.data, get, target, hashes=hashes))
             if check is not None and leaves is not None:
                 check.add(get.start, leaves, attributes)
@@ -175,6 +194,16 @@ class ReadLeg(OpenLeg):
 
     async def abort(self) -> None:
         """Do nothing: what was read stays where it is, as with any transfer that failed."""
+
+
+def _ask(job: _Job) -> Ask:
+    space, get, check = job
+    wanted = Range(get.start, get.stop, get.target)
+    return Ask(space.key, space.version.etag, wanted, functools.partial(_wants_digests, check, get))
+
+
+def _wants_digests(check: WholeCheck | None, get: Get, attributes: Mapping[str, str]) -> bool:
+    return check is not None and check.expects(attributes) and check.wants(get.start, get.stop)
 
 
 def _objects(chunk: Chunk) -> list[tuple[int, ObjectSpace, IovTable, IovTable]]:

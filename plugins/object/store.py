@@ -22,6 +22,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 from xferd.api.errors import ConfigError, InvalidArgument, NotFound, PermissionDenied, ShortTransfer
 from xferd.plugins.base import ObjectFacts
 from xferd.plugins.object.credentials import azure_config, environ_of_process, s3_provider
+from xferd.plugins.object.direct import DirectGets
 from xferd.plugins.object.faults import FAULTS, translate
 from xferd.plugins.object.keys import check_key, check_prefix
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from obstore import AsyncWritableFile, Bytes, GetResult, ObjectMeta
 
+    from xferd.plugins.object.direct import Ask
+    from xferd.plugins.object.fetching import Received
     from xferd.plugins.object.options import StoreOptions
 
 T = TypeVar("T")
@@ -65,6 +68,7 @@ class Store:
 
     Attributes:
         has_attributes: whether objects can carry metadata of ours.
+        direct: what puts ranges straight in place, where the store allows it.
     """
 
     def __init__(self, name: str, options: StoreOptions) -> None:
@@ -75,9 +79,15 @@ class Store:
         self._is_ordered = options.scheme not in ("file", "memory")
         self._client: Any = _client(name, options)
         self._slots = asyncio.Semaphore(options.max_concurrency)
+        self.direct = DirectGets(self._client, options, self._slots) if DirectGets.is_for(options) else None
 
     def __repr__(self) -> str:
         return f"<Store {self.name} {self.options.scheme}>"
+
+    async def aclose(self) -> None:
+        """Break off what is received straight into its places; other requests go on, and place nothing."""
+        if self.direct is not None:
+            await self.direct.aclose()
 
     def check_writable(self) -> None:
         """Raise ``PermissionDenied`` where it is configured to be read only."""
@@ -123,6 +133,17 @@ class Store:
                 remedy="register it again for its present size",
             )
         return got
+
+    async def get_into(self, asks: Sequence[Ask]) -> list[Received | None]:
+        """Fill the places of ranges; None for one that ``get`` has to be asked for, with some of it there perhaps.
+
+        Cancelled, it returns when nothing is put anywhere any more.
+        """
+        if self.direct is None:
+            return [None] * len(asks)
+        for key in {ask.key for ask in asks}:
+            await self._check(key)
+        return await self.direct.get(asks)
 
     async def put(self, key: str, data: bytearray, attributes: dict[str, str]) -> str:
         """Write an object in one request, and return its etag. ``data`` must not change before this is over."""

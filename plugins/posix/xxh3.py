@@ -22,6 +22,8 @@ from xferd.plugins.posix.native import Summing
 from xferd.plugins.vectored import iov_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from xferd.plugins.base import IovTable
     from xferd.plugins.posix.native import Native
 
@@ -68,6 +70,19 @@ class Summer:
         """Sum blocks of what lies in memory rows of this process, which stay in place; False where it cannot be."""
         rows = np.ascontiguousarray(memory)
         return not self.compiled.sum_pieces(ctypes.byref(self.wish(sums)), rows.ctypes.data)
+
+
+def sum_memory(sums: BlockSums, memory: IovTable, summer: Summer | None) -> None:
+    """Make the sums that are missing, from memory rows of this process that stay in place meanwhile. For threads.
+
+    Without a ``summer`` it takes a loop of the interpreter, which for small blocks costs as much as the sums.
+    """
+    missing = ~sums.is_known
+    rest = BlockSums.of(sums.begin[missing], sums.stop[missing])
+    if summer is None or not summer.sum_memory(rest, memory):
+        rest.values[:] = _sums_by_calls(rest.begin, rest.stop, memory)
+    sums.values[missing] = rest.values
+    sums.is_known[:] = True
 
 
 @functools.cache
@@ -118,3 +133,24 @@ def _is_right(summer: Summer) -> bool:
             if not summer.sum_memory(sums, rows) or int(sums.values[0]) != wanted:
                 return False
     return True
+
+
+def _sums_by_calls(begins: NDArray[np.int64], ends: NDArray[np.int64], memory: IovTable) -> list[int]:
+    address = memory[:, 0].astype(np.int64)
+    end = np.cumsum(memory[:, 1].astype(np.int64))
+    start = end - memory[:, 1].astype(np.int64)
+    low = int(address.min())
+    span = int((address + (end - start)).max()) - low
+    # One view over all of it, of which only the rows are ever touched: making one for each would cost more.
+    view = memoryview((ctypes.c_char * span).from_address(low)).cast("B")
+    first = np.searchsorted(end, begins, side="right").tolist()
+    last = np.searchsorted(end, ends, side="left").tolist()
+    sums = []
+    for begin, stop, i, j in zip(begins.tolist(), ends.tolist(), first, last, strict=True):
+        state = xxhash.xxh3_64()
+        for row in range(i, j + 1):
+            here, there = max(begin, int(start[row])), min(stop, int(end[row]))
+            at = int(address[row]) - low + here - int(start[row])
+            state.update(view[at : at + there - here])
+        sums.append(int(state.intdigest()))
+    return sums

@@ -28,8 +28,8 @@ LANES_BOUND = 16
 QUEUES_BOUND = 16
 """io_uring descriptors of a daemon, a few for each mover thread of files."""
 
-THREADS_BOUND = 36
-"""Two movers a backend, six of the default executor, four lanes a peer, and gRPC's own."""
+THREADS_BOUND = 44
+"""Two movers a backend, six of the default executor, four lanes a peer, eight gets of a store, and gRPC's own."""
 
 
 def free_port() -> int:

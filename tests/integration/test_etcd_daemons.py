@@ -345,7 +345,7 @@ def test_with_default_settings_a_death_is_noticed_in_time_and_nothing_else_fails
         stopped.process.send_signal(signal.SIGSTOP)
         stopped_s = lost_after(alice, transfers, began, DEFAULT_TTL_S + 5.0)
     print(f"defaults: killed noticed after {killed_s:.3f} s, stopped after {stopped_s:.1f} s; {flow}")
-    assert killed_s < 1.0
+    assert killed_s < 3.0, "by its socket"
     assert stopped_s < DEFAULT_TTL_S
     assert flow.went_on(), flow
     assert losses(a) == 2.0

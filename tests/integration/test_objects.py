@@ -41,7 +41,7 @@ def server():
 def settings_of(server, tmp):
     credentials = tmp / "credentials"
     write_credentials(str(credentials))
-    section = server.store_section(BUCKET, credentials_file=str(credentials))
+    section = server.store_section(BUCKET, credentials_file=str(credentials), max_concurrency=8)
     at = "backends.object.stores.kv"
     kinds = [f"{at}.{key}={json.dumps(value)}" for key, value in section.items()]
     (tmp / "objects").mkdir()

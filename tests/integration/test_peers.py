@@ -158,7 +158,7 @@ def test_all_transfers_with_a_lost_peer_fail_at_once_and_no_others(trio, client)
             killed_at = time.monotonic()
             b.kill()
             ended = client.wait_many(lost, timeout_s=5.0)
-            assert time.monotonic() - killed_at < 1.0
+            assert time.monotonic() - killed_at < 3.0, "noticed by its socket, not by the silence of peer_timeout"
             assert [status.error.code for status in ended if status.error] == ["peer_lost"] * len(lost)
             assert not [status for status in client.poll_many(kept) if status.state is TransferState.FAILED]
         finally:

@@ -15,7 +15,7 @@ from storage_rig import KIB, damage, extent, opened, pattern, span
 from xferd.api.errors import IntegrityError
 from xferd.daemon.storage.catalogue import SUMMED
 from xferd.daemon.storage.checksums import sums_of
-from xferd.daemon.storage.passing import Arriving, Awaited, covered, passed, sum_memory
+from xferd.daemon.storage.passing import Arriving, Awaited, covered, passed
 from xferd.daemon.storage.touching import BlockSpan, ExtentIndex, spans_of
 from xferd.plugins.base import Extent, MappedSpace
 from xferd.plugins.posix import xxh3
@@ -67,7 +67,7 @@ def test_sums_from_memory_are_those_of_the_bytes_where_they_go(summer, data):
             awaited.sums.values[i] = xxhash.xxh3_64_intdigest(stream[begin:stop].tobytes())
             awaited.sums.is_known[i] = True
         if not awaited.sums.is_known.all():
-            sum_memory(awaited.sums, memory, summer)
+            xxh3.sum_memory(awaited.sums, memory, summer)
         assert awaited.sums.is_known.all()
         for whole, sums in zip(chunk.whole, awaited.by_extent(), strict=True):
             for number, value in zip(whole.numbers.tolist(), sums.tolist(), strict=True):
@@ -171,7 +171,7 @@ def test_blocks_of_a_leg_are_known_by_whichever_chunks_bring_them_whole(data):
             assert (chunk.sums.begin >= 0).all()
             assert (chunk.sums.stop <= stop - begin).all()
             here = stream[begin:stop].tobytes()
-            sum_memory(chunk.sums, iov_of(here), None)
+            xxh3.sum_memory(chunk.sums, iov_of(here), None)
             chunk.note()
     cut = set(marks)
     expected = {
