@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 STORE = "bench"
 """Name of the object store in the daemons of a run."""
 
-SUMMED_POOL, PLAIN_POOL = "summed", "plain"
-"""Names of their storage pools: with checksums that are compared at each read, and without."""
+_SUMMED, _PLAIN = 'checksum="xxh3", verify=true', 'checksum="off"'
+POOLS = {"summed": _SUMMED, "plain": _PLAIN, "summed-direct": _SUMMED, "plain-direct": _PLAIN}
+"""Settings of their storage pools: with checksums that are compared at each read, and without."""
+
+DIRECT = "-direct"
+"""How the names of those end that are past the page cache."""
 
 
 Make: TypeAlias = "Callable[[Client, int], Owned]"
@@ -48,7 +52,7 @@ class Kind:
         is_host: memory of the host, which systems without a daemon have of one kind only.
         is_pooled: takes as much of the daemon's host pool.
         is_whole: is written as a whole or not at all, so that a region is of the size of one request.
-        is_stored: is in a storage pool of the daemons.
+        pool: the storage pool of the daemons that it is in, "" for none.
         is_device: is memory of a GPU, a simulated one where there is none.
         plain: the kind that is the same without checksums, "" where it has none.
     """
@@ -59,8 +63,8 @@ class Kind:
     is_host: bool = False
     is_pooled: bool = False
     is_whole: bool = False
-    is_stored: bool = False
     is_device: bool = False
+    pool: str = ""
     plain: str = ""
 
 
@@ -91,7 +95,8 @@ def nameless_file(nbytes: int) -> Iterator[tuple[int, ByteArray]]:
 def _file(client: Client, nbytes: int) -> Owned:
     """Make a file and register it by descriptor."""
     with nameless_file(nbytes) as (fd, memory):
-        return Owned(client.register_fd(fd, writable=True, access=Access.READ_WRITE, label="bench"), memory)
+        region = client.register_fd(fd, writable=True, access=Access.READ_WRITE, label="bench")
+        return Owned(region, memory, fd=os.dup(fd))
 
 
 def _direct_file(client: Client, nbytes: int) -> Owned:
@@ -100,7 +105,7 @@ def _direct_file(client: Client, nbytes: int) -> Owned:
         fd = open_direct(cached_fd)
         region = client.register_fd(fd, writable=True, access=Access.READ_WRITE, label="bench")
     # Written back before anything is timed. The descriptor ends with this process, as all of it does.
-    return Owned(region, memory, push=lambda: os.fsync(fd))
+    return Owned(region, memory, push=lambda: os.fsync(fd), fd=fd)
 
 
 def open_direct(fd: int) -> int:
@@ -130,11 +135,12 @@ def _object_refusal() -> str:
     return "" if find_spec("obstore") else "obstore is not installed: pip install 'xferd[object]'"
 
 
-def _stored(pool: str) -> Make:
+def _storage(name: str, pool: str, plain: str = "") -> Kind:
     def make(client: Client, nbytes: int) -> Owned:
         return _copied(client, client.allocate(nbytes, pool, access=Access.READ_WRITE, label="bench"), nbytes)
 
-    return make
+    refusal = direct_refusal if pool.endswith(DIRECT) else lambda: ""
+    return Kind(name, make, refusal, is_pooled=True, pool=pool, plain=plain)
 
 
 def _copied(client: Client, region: Region, nbytes: int) -> Owned:
@@ -155,8 +161,10 @@ KINDS = {
         Kind("PRIVATE", _private, is_host=True),
         Kind("FILE", _file),
         Kind("FILE_DIRECT", _direct_file, direct_refusal),
-        Kind("STORAGE", _stored(SUMMED_POOL), is_pooled=True, is_stored=True, plain="STORAGE_PLAIN"),
-        Kind("STORAGE_PLAIN", _stored(PLAIN_POOL), is_pooled=True, is_stored=True),
+        _storage("STORAGE", "summed", plain="STORAGE_PLAIN"),
+        _storage("STORAGE_PLAIN", "plain"),
+        _storage("STORAGE_DIRECT", "summed-direct", plain="STORAGE_DIRECT_PLAIN"),
+        _storage("STORAGE_DIRECT_PLAIN", "plain-direct"),
         Kind("OBJECT", _object, _object_refusal, is_pooled=True, is_whole=True),
         Kind("VRAM", make_vram, is_device=True),
     )

@@ -74,6 +74,11 @@ class MemberProcess:
         self._owned[kind] = kind_of(kind).make(self._client("grpc"), nbytes)
         return self._owned[kind].region.info
 
+    def file(self, kind: str) -> str:
+        """Return a path by which other processes of this user can open the file of a region; "" for what is none."""
+        fd = self._owned[kind].fd
+        return f"/proc/{os.getpid()}/fd/{fd}" if fd >= 0 else ""
+
     def stamp(self, kind: str, block_nbytes: int, rows: Rows, visit: int, source: int) -> None:
         """Write a visit's pattern into blocks."""
         owned = self._owned[kind]

@@ -23,12 +23,14 @@ class Owned:
         memory: its bytes, or a copy of them.
         push: brings what was written into ``memory`` to where the region is.
         pull: brings what the region has into ``memory``.
+        fd: of the region's file, open as long as this process; -1 for what is none.
     """
 
     region: Region
     memory: ByteArray
     push: Callable[[], object] = lambda: None
     pull: Callable[[], object] = lambda: None
+    fd: int = -1
 
     def blocks(self, block_nbytes: int) -> Blocks:
         """Return the bytes cut into blocks."""

@@ -70,7 +70,7 @@ def many_clients(control: str) -> tuple[Case, ...]:
 
 
 def files(control: str) -> tuple[Case, ...]:
-    """Files in order and scattered, past the page cache and from it; and a storage pool with and without checksums."""
+    """Files in order and scattered, past the page cache and from it; and storage pools with and without checksums."""
     read = Case(Place.LOCAL, "READ", src="FILE_DIRECT", control=control, scenario="files")
     write = Case(Place.LOCAL, "WRITE", dst="FILE_DIRECT", control=control, scenario="files")
     in_order = [dataclasses.replace(one, block_nbytes=MIB, batch=1024, order="sequential") for one in (read, write)]
@@ -78,6 +78,8 @@ def files(control: str) -> tuple[Case, ...]:
     cached = dataclasses.replace(read, src="FILE", block_nbytes=64 * KIB, batch=4096)
     large = [dataclasses.replace(one, block_nbytes=MIB, batch=128) for one in (read, write)]
     stored = [_with_file(one, kind) for one in large for kind in ("STORAGE", "STORAGE_PLAIN")]
+    past = [dataclasses.replace(one, batch=256, order="sequential") for one in large]
+    stored += [_with_file(one, kind) for one in past for kind in ("STORAGE_DIRECT", "STORAGE_DIRECT_PLAIN")]
     return (*in_order, cached, *small, *stored)
 
 

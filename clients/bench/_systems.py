@@ -81,17 +81,17 @@ def systems_for(
     for name in names:
         if why := missing(name):
             raise Unsupported(why)
-    store = store or Store()
+    xferd = Xferd(cases, store := store or Store(), settings)
     makers: dict[str, Callable[[], System]] = {
         "memcpy": lambda: Memcpy(region_for(cases)),
         "iperf3": Iperf3,
-        "fio": fio.Fio,
+        "fio": lambda: fio.Fio(xferd.file_of),
         "preadv": lambda: _sized(Preadv, cases),
         "obstore": lambda: Obstore(store),
         "gpu-copy": lambda: _sized(GpuCopy, cases),
     }
     beside = [makers[name]() if name in makers else _sized(_peer(name), cases) for name in names]
-    return [*beside, Xferd(cases, store, settings)]
+    return [*beside, xferd]
 
 
 def region_for(cases: Sequence[Case]) -> int:

@@ -9,7 +9,7 @@ from xferd.api.errors import InvalidArgument
 from xferd.clients.bench._cases import SCHEMES, Case, Place
 from xferd.clients.bench._environment import available_nbytes
 from xferd.clients.bench._flows import regions_for
-from xferd.clients.bench._kinds import KINDS, PLAIN_POOL, SUMMED_POOL, kind_of
+from xferd.clients.bench._kinds import DIRECT, KINDS, POOLS, kind_of
 from xferd.clients.bench._members import Members
 from xferd.clients.bench._moves import MoveProbe
 from xferd.clients.bench._probes import Probe, System
@@ -110,6 +110,14 @@ class Xferd(System):
             return self._calls.probe(case)
         return MoveProbe(case, self._members, self._daemons)
 
+    def file_of(self, case: Case) -> str:
+        """Return the path of the file that a case moves, which is made if it was not; "" where it moves none."""
+        for need in regions_for([case]):
+            if need.kind.startswith("FILE"):
+                self._members.region(need)
+                return str(self._members.call(need.member, "file", need.kind))
+        return ""
+
     def _device_settings(self) -> list[str]:
         is_needed = any(kind_of(need.kind).is_device for need in self._regions)
         return device_settings() if is_needed else []
@@ -123,15 +131,17 @@ class Xferd(System):
         """Return the settings of a daemon's pools; storage pools are in the run's directory, and go with it."""
         wanted = [f'pools=[{{name="host", nbytes={self._pool_nbytes(node)}}}]']
         here = [(need, nbytes) for need, nbytes in self._regions.items() if need.member.node == node]
-        stored = sum(nbytes for need, nbytes in here if kind_of(need.kind).is_stored)
-        if stored:
-            size = f"nbytes={_slabs(stored)}, slab_nbytes={SLAB_NBYTES}"
-            made = []
-            for name, more in ((SUMMED_POOL, 'checksum="xxh3", verify=true'), (PLAIN_POOL, 'checksum="off"')):
+        made, direct = [], []
+        for name, more in POOLS.items():
+            stored = sum(nbytes for need, nbytes in here if kind_of(need.kind).pool == name)
+            if stored:
                 path = directory / f"{node}-{name}"
                 path.mkdir()
+                size = f"nbytes={_slabs(stored)}, slab_nbytes={SLAB_NBYTES}"
                 made.append(f'{{name="{name}", directories=[{{path="{path}"}}], {size}, {more}}}')
-            wanted.append(f"storage_pools=[{', '.join(made)}]")
+                direct += [f'"{path}"'] if name.endswith(DIRECT) else []
+        wanted += [f"storage_pools=[{', '.join(made)}]"] if made else []
+        wanted += [f"backends.posix.direct_below=[{', '.join(direct)}]"] if direct else []
         return wanted
 
     def _pool_nbytes(self, node: str) -> int:

@@ -128,7 +128,7 @@ class Passage:
             reading = self._reading if is_first else None
             awaited = None
             if reading is not None:
-                awaited = self._sealer.arriving(reading, leg.source, start, chunk.source, chunk.target)
+                awaited = self._sealer.arriving(reading, leg.source, start, chunk.nbytes, chunk.target)
             nbytes = await move(chunk if awaited is None else replace(chunk, sums=awaited.sums))
             if nbytes == chunk.nbytes:
                 if reading is not None and awaited is not None:

@@ -69,16 +69,14 @@ class Sealer(Protocol):
         With a ticket, ``finish`` takes the place of ``verify``; arguments and errors are those of ``verify``.
         """
 
-    def arriving(
-        self, ticket: ReadTicket, leg: Extent, start: int, source: Extent, target: Extent
-    ) -> AwaitedSums | None:
+    def arriving(self, ticket: ReadTicket, leg: Extent, start: int, nbytes: int, target: Extent) -> AwaitedSums | None:
         """Be told that a chunk is about to move; None where ``finish`` will have to read what it read once more.
 
         Args:
             ticket: of the post.
             leg: all that the chunk's leg reads; the same object for all of its chunks.
             start: where in the leg's bytes the chunk begins.
-            source: what the chunk reads.
+            nbytes: of the chunk.
             target: where it goes.
         """
 
@@ -128,9 +126,7 @@ class NoSealer:
         """Nothing will be compared."""
         return None
 
-    def arriving(
-        self, ticket: ReadTicket, leg: Extent, start: int, source: Extent, target: Extent
-    ) -> AwaitedSums | None:
+    def arriving(self, ticket: ReadTicket, leg: Extent, start: int, nbytes: int, target: Extent) -> AwaitedSums | None:
         """Nothing is compared."""
         return None
 

@@ -138,8 +138,8 @@ class Arriving:
 
     def chunk(self, start: int, stop: int) -> ArrivingChunk | None:
         """Return the blocks within a span of the leg's bytes; None where there are none."""
-        first = int(np.searchsorted(self._begin, start))
-        last = int(np.searchsorted(self._end, stop, side="right"))
+        first = int(self._begin.searchsorted(start))
+        last = int(self._end.searchsorted(stop, side="right"))
         if first >= last:
             return None
         sums = BlockSums.of(self._begin[first:last] - start, self._end[first:last] - start)

@@ -122,11 +122,10 @@ class StorageSealer:
         return StorageReading(tuple(found), {each: each.opens.copy() for each in touched}, is_asked)
 
     def arriving(
-        self, ticket: ReadTicket, leg: Extent, start: int, source: Extent, target: Extent
+        self, ticket: ReadTicket, leg: Extent, start: int, nbytes: int, target: Extent
     ) -> ArrivingChunk | None:
         """See ``Sealer.arriving``."""
         assert isinstance(ticket, StorageReading)
-        nbytes = source.nbytes
         if not isinstance(target.space, MappedSpace) or not is_summable(target.iov, nbytes):
             return None
         known = ticket.legs.get(id(leg)) or self._read_leg(ticket, leg)

@@ -11,7 +11,6 @@ import itertools
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import structlog
 
 from xferd.api.errors import Closed, Unsupported
@@ -237,5 +236,5 @@ class PosixBackend(Backend):
 
 def _between(sums: BlockSums, mark: int) -> int:
     """Return where the block begins that a mark would cut in two, or the mark."""
-    block = int(np.searchsorted(sums.stop, mark, side="right"))
+    block = int(sums.stop.searchsorted(mark, side="right"))
     return min(mark, int(sums.begin[block])) if block < len(sums.begin) else mark

@@ -72,7 +72,7 @@ def test_fio_has_as_many_requests_at_once_as_a_daemon(block, batch, order, depth
 
 def test_what_moves_the_other_way_is_no_files_case():
     """A WRITE takes bytes from the initiator: fio would write where xferd reads."""
-    systems = Fio(), Preadv(0), NixlPosix(0)
+    systems = Fio(lambda case: ""), Preadv(0), NixlPosix(0)
     for op, src, dst in (("WRITE", "FILE", "DRAM"), ("READ", "DRAM", "FILE"), ("READ", "FILE", "FILE")):
         case = Case(Place.LOCAL, op, KIB, 1, src=src, dst=dst)
         assert all(system.refusal(case).startswith("it moves") for system in systems), case.name

@@ -129,7 +129,7 @@ async def test_a_read_is_compared_where_it_arrives_and_damage_is_the_disks_or_th
         async def read(got: bytes) -> None:
             ticket = rig.sealer.reading([whole], is_asked=True)
             target = Extent(MappedSpace(), iov_of(got))
-            awaited = rig.sealer.arriving(ticket, whole, 0, whole, target)
+            awaited = rig.sealer.arriving(ticket, whole, 0, whole.nbytes, target)
             await rig.sealer.arrived(ticket, awaited, whole, target)
             await rig.sealer.finish(ticket)
 
@@ -205,7 +205,7 @@ async def test_chunks_of_a_scattered_read_are_compared_at_its_end_each_block_onc
                 part = whole.cut(start, start + 40 * KIB)  # ends within a piece, not within a block
                 here = bytes(got[start : start + 40 * KIB])
                 target = Extent(MappedSpace(), iov_of(here))
-                awaited = rig.sealer.arriving(ticket, whole, start, part, target)
+                awaited = rig.sealer.arriving(ticket, whole, start, part.nbytes, target)
                 await rig.sealer.arrived(ticket, awaited, part, target)
             await rig.sealer.finish(ticket)
 
@@ -230,7 +230,7 @@ async def test_what_cannot_be_summed_where_it_arrives_is_read_once_more(tmp_path
         pieces = np.array([[iov_of(memory)[0, 0] + i * 4 * KIB, 4 * KIB] for i in range(16)], np.uint64)
         for target in (Extent(whole.space, iov_of(memory)), Extent(MappedSpace(), pieces)):
             ticket = rig.sealer.reading([whole], is_asked=True)
-            assert rig.sealer.arriving(ticket, whole, 0, whole, target) is None
+            assert rig.sealer.arriving(ticket, whole, 0, whole.nbytes, target) is None
             before = rig.pool.counters.verified_nbytes
             await rig.sealer.finish(ticket)
             assert rig.pool.counters.verified_nbytes - before == 64 * KIB
@@ -242,7 +242,7 @@ async def test_a_block_that_is_written_while_it_arrives_is_nobodys_fault(tmp_pat
         await rig.write(made, pattern(1, 64 * KIB))
         whole, target = span(made, 0, 64 * KIB), Extent(MappedSpace(), iov_of(late := pattern(2, 64 * KIB)))
         ticket = rig.sealer.reading([whole], is_asked=True)
-        awaited = rig.sealer.arriving(ticket, whole, 0, whole, target)
+        awaited = rig.sealer.arriving(ticket, whole, 0, whole.nbytes, target)
         await rig.write(made, late)
         await rig.sealer.arrived(ticket, awaited, whole, target)
         await rig.write(made, pattern(3, 64 * KIB))
