@@ -126,15 +126,19 @@ class Passage:
 
         async def moved(chunk: Chunk) -> int:
             reading = self._reading if is_first else None
-            awaited = None
+            writing = self._ticket if is_last else None
+            arriving = leaving = None
             if reading is not None:
-                awaited = self._sealer.arriving(reading, leg.source, start, chunk.nbytes, chunk.target)
-            nbytes = await move(chunk if awaited is None else replace(chunk, sums=awaited.sums))
+                arriving = self._sealer.arriving(reading, leg.source, start, chunk.nbytes, chunk.target)
+            if writing is not None:
+                leaving = self._sealer.leaving(writing, chunk.source, chunk.target)
+            wanted = arriving or leaving  # a hop reads one pool or writes one: between pools there is memory
+            nbytes = await move(chunk if wanted is None else replace(chunk, sums=wanted.sums))
             if nbytes == chunk.nbytes:
-                if reading is not None and awaited is not None:
-                    await self._sealer.arrived(reading, awaited, chunk.source, chunk.target)
-                if is_last and self._ticket is not None:
-                    await self._sealer.passed(self._ticket, chunk.source, chunk.target)
+                if reading is not None and arriving is not None:
+                    await self._sealer.arrived(reading, arriving, chunk.source, chunk.target)
+                if writing is not None and leaving is not None:
+                    await self._sealer.left(writing, leaving, chunk.source)
             return nbytes
 
         return moved

@@ -23,11 +23,11 @@ class ReadTicket(Protocol):
 
 
 class AwaitedSums(Protocol):
-    """What ``arriving`` gave, for one chunk."""
+    """What ``arriving`` or ``leaving`` gave, for one chunk."""
 
     @property
-    def sums(self) -> BlockSums:
-        """What a backend may sum on the way."""
+    def sums(self) -> BlockSums | None:
+        """What a backend may sum on the way; None where no sum is wanted."""
 
 
 class Sealer(Protocol):
@@ -57,10 +57,16 @@ class Sealer(Protocol):
     def abandon(self, ticket: WriteTicket) -> None:
         """Be told that a write failed or was cancelled, and that no byte of it moves any more."""
 
-    async def passed(self, ticket: WriteTicket, source: Extent, target: Extent) -> None:
-        """Be told that a chunk has moved, while its source still has the bytes: they are summed there.
+    def leaving(self, ticket: WriteTicket, source: Extent, target: Extent) -> AwaitedSums | None:
+        """Be told that a chunk is about to move; None where ``seal`` will read it back.
 
-        Optional, and only quicker: ``seal`` reads back what was not summed as it passed. Not for a chunk that failed.
+        Optional, and only quicker: ``seal`` reads back what was not summed as it passed.
+        """
+
+    async def left(self, ticket: WriteTicket, chunk: AwaitedSums, source: Extent) -> None:
+        """Be told that a chunk has moved, while its source still has the bytes: what was not summed is summed there.
+
+        Not for a chunk that failed.
         """
 
     def reading(self, extents: Sequence[Extent], *, is_asked: bool) -> ReadTicket | None:
@@ -119,7 +125,11 @@ class NoSealer:
     def abandon(self, ticket: WriteTicket) -> None:
         """Nothing was kept."""
 
-    async def passed(self, ticket: WriteTicket, source: Extent, target: Extent) -> None:
+    def leaving(self, ticket: WriteTicket, source: Extent, target: Extent) -> AwaitedSums | None:
+        """Nothing is summed."""
+        return None
+
+    async def left(self, ticket: WriteTicket, chunk: AwaitedSums, source: Extent) -> None:
         """Nothing is summed."""
 
     def reading(self, extents: Sequence[Extent], *, is_asked: bool) -> ReadTicket | None:

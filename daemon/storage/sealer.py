@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from xferd.api.errors import XferdError
-from xferd.daemon.storage.passing import Arriving, ArrivingChunk, covered, is_summable, passed
+from xferd.daemon.storage.passing import Arriving, ArrivingChunk, Awaited, covered, is_summable, passed
 from xferd.plugins.base import FileSpace, MappedSpace
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from xferd.daemon.storage.pool import StoragePool
     from xferd.daemon.storage.sealing import Sealing, Writing
     from xferd.daemon.storage.touching import BlockSpan, ExtentIndex
-    from xferd.plugins.base import Extent, IovTable
+    from xferd.plugins.base import BlockSums, Extent, IovTable
 
 
 _T = TypeVar("_T")
@@ -40,6 +40,15 @@ class StorageTicket:
     """Blocks that are being written, by volume."""
 
     writing: tuple[tuple[Sealing, Writing], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeavingChunk:
+    """Blocks of a chunk that is being written to a volume; ``sums`` of them, where the volume keeps any."""
+
+    sealing: Sealing
+    awaited: Awaited
+    sums: BlockSums | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +110,24 @@ class StorageSealer:
         for sealing, writing in ticket.writing:
             sealing.abandon(writing)
 
-    async def passed(self, ticket: WriteTicket, source: Extent, target: Extent) -> None:
-        """See ``Sealer.passed``."""
-        assert isinstance(ticket, StorageTicket)
+    def leaving(self, ticket: WriteTicket, source: Extent, target: Extent) -> LeavingChunk | None:
+        """See ``Sealer.leaving``."""
         place = self._place(target)
         if place is None or not isinstance(source.space, MappedSpace):
-            return
+            return None
+        assert isinstance(ticket, StorageTicket)
+        chunk = Awaited(passed(place.extents.touched(target.iov), target.iov, source.iov))
+        return LeavingChunk(place.sealing, chunk, chunk.sums if place.sealing.has_checksums else None)
+
+    async def left(self, ticket: WriteTicket, chunk: AwaitedSums, source: Extent) -> None:
+        """See ``Sealer.left``."""
+        assert isinstance(ticket, StorageTicket)
+        assert isinstance(chunk, LeavingChunk)
+        if chunk.sums is not None:
+            await chunk.sealing.complete(chunk.sums, source.iov)
         for sealing, writing in ticket.writing:
-            if sealing is place.sealing:
-                await sealing.passed(
-                    writing, passed(place.extents.touched(target.iov), target.iov, source.iov), source.iov
-                )
+            if sealing is chunk.sealing:
+                writing.note(chunk.awaited.chunk, chunk.awaited.by_extent())
 
     def reading(self, extents: Sequence[Extent], *, is_asked: bool) -> StorageReading | None:
         """See ``Sealer.reading``."""

@@ -21,7 +21,6 @@ from xferd.api.errors import IntegrityError
 from xferd.daemon.storage import records as r
 from xferd.daemon.storage.catalogue import OPEN, SEALED, SUMMED, runs_of_equal, seals_of
 from xferd.daemon.storage.checksums import sums_of
-from xferd.daemon.storage.passing import Awaited
 from xferd.daemon.storage.touching import BlockSpan, by_extent, spans_of
 from xferd.plugins.posix import xxh3
 
@@ -96,14 +95,14 @@ class Sealing:
 
     Args:
         volume: whose extents.
-        has_checksums: whether sealed blocks get one.
+        has_checksums: whether sealed blocks get one; an attribute, too.
         counters: of the pool.
     """
 
     def __init__(self, volume: Volume, counters: ProofCounters, *, has_checksums: bool) -> None:
         self._volume = volume
         self._counters = counters
-        self._has_checksums = has_checksums
+        self.has_checksums = has_checksums
 
     async def begin(self, spans: Sequence[BlockSpan]) -> Writing:
         """Void the proof of blocks that are about to be written; on the disk when this returns.
@@ -139,13 +138,6 @@ class Sealing:
                 raise
         return writing
 
-    async def passed(self, writing: Writing, chunk: Passed, memory: IovTable) -> None:
-        """Sum what a chunk has written from the memory that it came from."""
-        awaited = Awaited(chunk)
-        if self._has_checksums:
-            await self.complete(awaited.sums, memory)
-        writing.note(chunk, awaited.by_extent())
-
     async def complete(self, sums: BlockSums, memory: IovTable) -> None:
         """Sum in a thread what a backend has not summed, in the memory where it is now."""
         if not sums.is_known.all():
@@ -167,7 +159,7 @@ class Sealing:
         sums = await self._sums(mine, slabs, known=writing.known())
         sealed: list[BlockSpan] = []
         written: list[r.Record] = []
-        state = SUMMED if self._has_checksums else SEALED
+        state = SUMMED if self.has_checksums else SEALED
         for span, before, found in zip(mine, opens, sums, strict=True):
             for extent, first, stop in _parts(span, _untouched(span, before)):
                 extent.sums[first:stop] = found[first - span.first : stop - span.first]
@@ -288,7 +280,7 @@ class Sealing:
         """
         sums = [np.zeros(stop - first, np.uint64) for _, first, stop in spans]
         missing: list[tuple[NDArray[np.uint64], BlockSpan]] = []
-        if self._has_checksums or always:
+        if self.has_checksums or always:
             for made, span in zip(sums, spans, strict=True):
                 values = [known.get((span.extent, number)) for number in range(span.first, span.stop)] if known else []
                 made[: len(values)] = [value or 0 for value in values]

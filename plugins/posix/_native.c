@@ -12,6 +12,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -273,6 +274,85 @@ int xferd_read_mapped(int fd, uint64_t base, const struct iovec *spans, size_t c
         return -1;
     /* What lies after the end of a file that was cut within a page reads as zeros. */
     return fstat(fd, &facts) || (uint64_t)facts.st_size < end ? -1 : 0;
+}
+
+/* ---- writes that are summed -------------------------------------------------------------------------------------- */
+
+/* Bytes that one call writes: they stay in a cache between their sum and the call. Measured by 128 MiB of two threads to one
+ * file, by the speed without sums: 64 KiB 0.73, 128 KiB 0.78, 256 KiB 0.80, 512 KiB 0.90, 1 MiB 0.97: calls take turns. */
+#define WRITTEN (1 << 20)
+#define WRITTEN_ROWS 256
+
+/* Where the sums of a stream of bytes have got to. */
+struct passing {
+    const struct summing *wanted;
+    void *state;
+    uint64_t at;
+    size_t block;
+};
+
+/* Sum the next bytes of the stream, as far as they are of blocks. */
+static void pass(struct passing *passing, const char *data, size_t size)
+{
+    const struct summing *wanted = passing->wanted;
+    const struct hasher *hasher = wanted->hasher;
+
+    while (size && passing->block < wanted->count) {
+        uint64_t begin = wanted->begin[passing->block], stop = wanted->stop[passing->block];
+        uint64_t border = passing->at < begin ? begin : stop;
+        size_t part = size < border - passing->at ? size : border - passing->at;
+
+        if (passing->at >= begin) {
+            if (passing->at == begin)
+                hasher->reset(passing->state);
+            hasher->update(passing->state, data, part);
+            if (passing->at + part == stop)
+                wanted->sums[passing->block++] = hasher->digest(passing->state);
+        }
+        passing->at += part;
+        data += part;
+        size -= part;
+    }
+    passing->at += size;
+}
+
+/* Write memory to spans of a file, each one as (position, bytes), of the same total, in order, and sum blocks of it just
+ * before they are written. Returns 0, or -1 where a call did not write all that it was to, or *stop was set: some of it has
+ * been written then, and no sum means anything. */
+int xferd_write_summing(int fd, const struct iovec *spans, size_t count, const struct iovec *memory,
+                        const struct summing *wanted, const volatile int *stop)
+{
+    struct passing passing = {wanted, wanted->hasher->create(), 0, 0};
+    size_t used = 0; /* of the row of memory at hand */
+    int code = passing.state ? 0 : -1;
+
+    for (const struct iovec *span = spans; !code && span < spans + count; span++) {
+        uint64_t position = (uint64_t)span->iov_base, end = position + span->iov_len;
+
+        while (!code && position < end) {
+            struct iovec rows[WRITTEN_ROWS];
+            size_t room = end - position < WRITTEN ? end - position : WRITTEN, filled = 0;
+            int number = 0;
+
+            while (filled < room && number < WRITTEN_ROWS) {
+                size_t left = memory->iov_len - used, part = left < room - filled ? left : room - filled;
+
+                rows[number].iov_base = (char *)memory->iov_base + used;
+                rows[number].iov_len = part;
+                pass(&passing, rows[number++].iov_base, part);
+                filled += part;
+                if ((used += part) == memory->iov_len) {
+                    memory++;
+                    used = 0;
+                }
+            }
+            code = *stop || pwritev(fd, rows, number, position) != (ssize_t)filled ? -1 : 0;
+            position += filled;
+        }
+    }
+    if (passing.state)
+        wanted->hasher->release(passing.state);
+    return code;
 }
 
 /* ---- io_uring ---------------------------------------------------------------------------------------------------- */

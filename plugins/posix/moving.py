@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xferd.plugins import vectored
+from xferd.plugins.posix import xxh3
 from xferd.plugins.posix.engines import settle
 from xferd.plugins.posix.pieces import Pieces, pieces_of, shortened, without_edges
 
@@ -58,6 +59,7 @@ class FileMover:
         self._bounce = bounce
         self._piece_nbytes = piece_nbytes
         self._mappings = mappings
+        self._summer = xxh3.load()
 
     def move(
         self,
@@ -71,7 +73,7 @@ class FileMover:
     ) -> int:
         """Read spans of a file into memory of the same total, or write them; returns the bytes moved, all of them.
 
-        ``sums`` of what is read are filled in where the bytes pass the processor; others are cheaper made elsewhere.
+        ``sums`` are filled in where the bytes pass the processor, which is on their way through the page cache.
         Nothing is under way when this returns or raises.
 
         Raises:
@@ -96,12 +98,23 @@ class FileMover:
     ) -> None:
         if not write and self._mappings is not None and self._mappings.read(fd, spans, memory, sums):
             return
+        if write and sums is not None and self._is_written(fd, spans, memory, sums, stop):
+            return
         if len(spans) <= FEW_SPANS:
             (vectored.write_file_spans if write else vectored.read_file_spans)(fd, spans, memory)
             return
         pieces = pieces_of(shortened(spans, self._piece_nbytes), memory).bounded()
         results = self._engine.perform(fd, pieces, write=write, stop=stop)
         settle(results, pieces.nbytes, pieces, lambda: fd, write=write, is_direct=False, stop=stop)
+
+
+    def _is_written(self, fd: int, spans: IovTable, memory: IovTable, sums: BlockSums, stop: Stop) -> bool:
+        """Write what is to be summed; False where it has to be written without, all of it."""
+        if self._summer is None or not len(sums.begin):
+            return False
+        is_done = self._summer.write(fd, spans, memory, sums, stop.flag)
+        stop.check()
+        return is_done
 
 
 class _Past:

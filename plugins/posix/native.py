@@ -48,12 +48,14 @@ class Native:
         guard: take SIGBUS over for the process; 0, or -1. Not thread-safe, again is fine.
         read_mapped: see ``xferd_read_mapped``.
         sum_pieces: see ``xferd_sum_pieces``: a ``Summing``, rows of memory; 0, or -1.
+        write_summing: see ``xferd_write_summing``: a ``Summing``; 0, or -1 where calls have to write all of it again.
         run_ring: see ``xferd_run_ring``: queue, requests, their number, results, batch, stop, under way.
     """
 
     guard: Callable[[], int]
     read_mapped: Callable[..., int]
     sum_pieces: Callable[..., int]
+    write_summing: Callable[..., int]
     run_ring: Callable[..., int]
 
 
@@ -70,8 +72,10 @@ def load() -> Native | None:
     library.xferd_read_mapped.argtypes = [ctypes.c_int, position, pointer, size, position, size, pointer, pointer]
     library.xferd_read_mapped.argtypes += [ctypes.c_int, ctypes.POINTER(Summing)]
     library.xferd_sum_pieces.argtypes = [ctypes.POINTER(Summing), pointer]
+    library.xferd_write_summing.argtypes = [ctypes.c_int, pointer, size, pointer, ctypes.POINTER(Summing), pointer]
     library.xferd_run_ring.argtypes = [pointer, pointer, size, pointer, ctypes.c_uint, pointer, pointer]
-    functions = library.xferd_guard, library.xferd_read_mapped, library.xferd_sum_pieces, library.xferd_run_ring
-    for function in functions:
+    functions = ("guard", "read_mapped", "sum_pieces", "write_summing", "run_ring")
+    found = [getattr(library, f"xferd_{name}") for name in functions]
+    for function in found:
         function.restype = ctypes.c_int
-    return Native(*functions)
+    return Native(*found)

@@ -66,6 +66,18 @@ class Summer:
             sums.values.ctypes.data,
         )
 
+    def write(self, fd: int, spans: IovTable, memory: IovTable, sums: BlockSums, stop: ctypes.c_int) -> bool:
+        """Write memory rows of this process to spans of a file of the same total, summing blocks just before.
+
+        False where calls have to write all of it again: they can tell why. ``stop`` may be set meanwhile.
+        """
+        spans, memory = np.ascontiguousarray(spans), np.ascontiguousarray(memory)
+        tables = spans.ctypes.data, len(spans), memory.ctypes.data
+        if self.compiled.write_summing(fd, *tables, ctypes.byref(self.wish(sums)), ctypes.byref(stop)):
+            return False
+        sums.is_known[:] = True
+        return True
+
     def sum_memory(self, sums: BlockSums, memory: IovTable) -> bool:
         """Sum blocks of what lies in memory rows of this process, which stay in place; False where it cannot be."""
         rows = np.ascontiguousarray(memory)

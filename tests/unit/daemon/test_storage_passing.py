@@ -84,8 +84,13 @@ async def _write(rig, made, data: bytes, offset: int = 0, *, lie: bytes = b""):
     target = span(made, offset, len(data))
     ticket = await rig.sealer.begin([target])
     os.pwrite(made.space.fd, data, made.position + offset)
-    await rig.sealer.passed(ticket, Extent(MappedSpace(), iov_of(lie or data)), target)
+    await _tell(rig, ticket, lie or data, target)
     return ticket
+
+
+async def _tell(rig, ticket, data: bytes, target) -> None:
+    source = Extent(MappedSpace(), iov_of(data))
+    await rig.sealer.left(ticket, rig.sealer.leaving(ticket, source, target), source)
 
 
 async def test_what_was_summed_as_it_passed_is_not_read_back(tmp_path):
@@ -103,7 +108,7 @@ async def test_blocks_that_did_not_pass_whole_or_once_are_read_back(tmp_path):
         first = await _write(rig, made, pattern(1, 40 * KIB), 2 * KIB)
         target = span(made, 8 * KIB, 8 * KIB)
         os.pwrite(made.space.fd, pattern(2, 8 * KIB), made.position + 8 * KIB)
-        await rig.sealer.passed(first, Extent(MappedSpace(), iov_of(pattern(2, 8 * KIB))), target)
+        await _tell(rig, first, pattern(2, 8 * KIB), target)
         await rig.sealer.seal(first)
         assert made.extent.state.tolist() == [SUMMED] * 11 + [0] * 5
         await rig.verify(made, 0, 44 * KIB)

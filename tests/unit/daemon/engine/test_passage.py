@@ -85,6 +85,12 @@ class Awaited:
     sums = BlockSums.of(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
+class Leaving:
+    """Of a chunk that is written."""
+
+    sums = BlockSums.of(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
 class Proof(NoSealer):
     """A sealer that writes down what it is asked."""
 
@@ -108,8 +114,11 @@ class Proof(NoSealer):
     def reading(self, extents: Sequence[Extent], *, is_asked: bool) -> Any:
         return f"reading {is_asked}"
 
-    async def passed(self, ticket: Any, source: Extent, target: Extent) -> None:
-        self.story.append(f"passed {ticket}")
+    def leaving(self, ticket: Any, source: Extent, target: Extent) -> Any:
+        return Leaving()
+
+    async def left(self, ticket: Any, chunk: Any, source: Extent) -> None:
+        self.story.append(f"left {ticket}")
 
     def arriving(self, ticket: Any, leg: Extent, start: int, source: Extent, target: Extent) -> Any:
         return Awaited()
@@ -157,7 +166,7 @@ async def test_proof_sees_the_bytes_of_whole_chunks_as_they_pass() -> None:
     [move] = await one.moves(0, route("s"), 0)
     nothing = cast("Any", None)
     assert await move(Chunk(nothing, nothing, 10, "x", "c")) == 10
-    assert store.story[-3:] == ["move x", "arrived reading True", "passed ticket"]
+    assert store.story[-3:] == ["move x", "arrived reading True", "left ticket"]
     assert store.chunks[0].sums is Awaited.sums
 
 
@@ -170,8 +179,8 @@ async def test_of_two_hops_the_first_is_proof_of_what_was_read_and_the_last_of_w
     await first(Chunk(nothing, nothing, 10, "x", "c"))
     assert store.story[-2:] == ["move x", "arrived reading True"]
     await last(Chunk(nothing, nothing, 10, "y", "c"))
-    assert store.story[-2:] == ["move y", "passed ticket"]
-    assert [chunk.sums for chunk in store.chunks] == [Awaited.sums, None]
+    assert store.story[-2:] == ["move y", "left ticket"]
+    assert [chunk.sums for chunk in store.chunks] == [Awaited.sums, Leaving.sums]
 
 
 async def test_proof_does_not_see_a_chunk_that_moved_in_part() -> None:
