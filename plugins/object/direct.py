@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 REST_S = 30.0
 """How long the short cut is left alone after a server did not answer, or asked for less."""
 
+TURN = 16
+"""Ranges that a thread asks for before other requests of the store may have its slot."""
+
 NEAR_THREADS = 4
 """How many threads ask a store that is near; others are asked by as many as they may be."""
 
@@ -171,7 +174,7 @@ class DirectGets:
     def _worker_ended(self, worker: asyncio.Task[None]) -> None:
         self._workers.discard(worker)
         if not self._is_closed:
-            self._start_workers()  # for what came just when its thread saw nothing
+            self._start_workers()  # for what is left after its turn, or came just when its thread saw nothing
 
     async def _work(self) -> None:
         async with self._slots:
@@ -185,15 +188,16 @@ class DirectGets:
                     self._connections.keep(line.sock)
 
     def _drain(self, line: _Line, addresses: list[Address]) -> None:
-        """Ask for one range after the other until none is left; in a thread."""
-        while True:
+        """Ask for one range after the other, for a turn or until none is left; in a thread."""
+        for _ in range(TURN):
             with self._lock:
                 if not self._waiting:
                     return
                 one = self._waiting.popleft()
                 self._under_way.add(one)
+            sock, line.sock = line.sock, None
             try:
-                line.sock = one.fetch.run(line.sock, addresses)
+                line.sock = one.fetch.run(sock, addresses)
             finally:
                 self._end(one)
             if one.fetch.is_discouraging:

@@ -158,13 +158,13 @@ class Fetch:
         except (OSError, PeerLost, MoveFailed):
             # A connection that rested may have been closed by the server just now, which tells nothing of the next.
             self.is_discouraging = is_new and not self._is_cut
-        with self._lock:
-            self._sock = None  # nobody shuts it down from now on
-            is_reusable = is_reusable and not self._is_cut
-        if is_reusable or sock is None:
-            return sock
-        sock.close()
-        return None
+        finally:
+            with self._lock:
+                self._sock = None  # nobody shuts it down from now on
+                is_reusable = is_reusable and not self._is_cut
+            if sock is not None and not is_reusable:
+                sock.close()
+        return sock if is_reusable else None
 
     def _connect(self, addresses: Sequence[Address]) -> socket.socket:
         failed: OSError = ConnectionError("no address")

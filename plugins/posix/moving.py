@@ -107,7 +107,6 @@ class FileMover:
         results = self._engine.perform(fd, pieces, write=write, stop=stop)
         settle(results, pieces.nbytes, pieces, lambda: fd, write=write, is_direct=False, stop=stop)
 
-
     def _is_written(self, fd: int, spans: IovTable, memory: IovTable, sums: BlockSums, stop: Stop) -> bool:
         """Write what is to be summed; False where it has to be written without, all of it."""
         if self._summer is None or not len(sums.begin):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import re
 import socket
@@ -380,6 +381,39 @@ async def test_a_far_store_has_more_requests_under_way() -> None:
         assert all(await gets.get(asks))
         assert max(peaks) == 12
     assert (into == DATA[: len(into)]).all()
+
+
+async def test_other_requests_of_the_store_get_a_turn() -> None:
+    """Reads that never end must not keep a write from ever beginning."""
+    into = np.zeros(100 * 100, np.uint8)
+    asks = [Ask("k", "", Range(n * 100, n * 100 + 100, rows(into, [(n * 100, 100)])), never) for n in range(100)]
+    async with gets_from(well, max_concurrency=1) as (gets, _):
+        reading = asyncio.create_task(gets.get(asks))
+        await until(lambda: gets._slots.locked())
+        async with gets._slots:
+            assert not reading.done()
+            assert into[-1] == 0
+        assert all(await reading)
+    assert (into == DATA[: len(into)]).all()
+
+
+async def test_a_bug_leaves_no_connection_that_is_out_of_step() -> None:
+    """What is raised in a thread ends the range, and the next one has a connection of its own."""
+
+    def broken(_: object) -> bool:
+        raise ZeroDivisionError
+
+    into = np.zeros(1000, np.uint8)
+    async with gets_from(well) as (gets, server):
+        assert await get(gets, "k", Range(0, 1000, whole(into)), "", never) is not None
+        raised: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context["exception"]))
+        assert await get(gets, "k", Range(0, 1000, whole(into)), "", broken) is None
+        assert await get(gets, "k", Range(50, 1050, whole(into)), "", never) is not None
+        assert (into == DATA[50:1050]).all()
+        assert server.connections == 2
+        gc.collect()
+        assert [type(error) for error in raised] == [ZeroDivisionError]
 
 
 def test_nearness() -> None:
