@@ -198,12 +198,12 @@ class DirectGets:
             sock, line.sock = line.sock, None
             try:
                 line.sock = one.fetch.run(sock, addresses)
+                if one.fetch.is_discouraging:
+                    self._drop_waiting()
+                elif one.fetch.received is not None:
+                    self._note(one)
             finally:
                 self._end(one)
-            if one.fetch.is_discouraging:
-                self._drop_waiting()
-            elif one.fetch.received is not None:
-                self._note(one)
 
     def _note(self, one: _One) -> None:
         """Learn from one that came; in a thread. The rest of a long queue is better asked for side by side at once."""

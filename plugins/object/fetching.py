@@ -161,7 +161,6 @@ class Fetch:
         finally:
             with self._lock:
                 self._sock = None  # nobody shuts it down from now on
-                is_reusable = is_reusable and not self._is_cut
             if sock is not None and not is_reusable:
                 sock.close()
         return sock if is_reusable else None

@@ -197,7 +197,7 @@ async def test_a_connection_is_used_again_and_one_that_ended_is_not() -> None:
             assert await get(gets, "k", wanted, "", never) is not None
         assert server.connections == 1
         server.drop_all()
-        await until(lambda: len(gets._connections) == 0)
+        await until(lambda: not gets._workers and len(gets._connections) == 0)
         assert await get(gets, "k", wanted, "", never) is not None
         assert server.connections == 2
         assert await get(gets, "k", wanted, "", never) is not None  # the one before said that it was the last
@@ -332,6 +332,30 @@ async def test_the_time_for_all_of_it_is_bounded(script: Script) -> None:
         assert await asyncio.wait_for(get(gets, "k", Range(0, 40_000, whole(into)), "", never), 0.3) is None  # at rest
 
 
+async def test_the_time_is_for_all_of_it_and_not_for_each_part() -> None:
+    """Each MiB comes in less than the time for the request, and all of them take longer."""
+
+    async def in_parts(server: Server, reader: object, writer: asyncio.StreamWriter, head: bytes) -> None:
+        text = answer(head)
+        for at in range(0, len(text), LEAF_NBYTES):
+            writer.write(text[at : at + LEAF_NBYTES])
+            await writer.drain()
+            await asyncio.sleep(0.3)
+
+    into = np.zeros(3 * LEAF_NBYTES, np.uint8)
+    async with gets_from(in_parts, request_timeout=0.5) as (gets, _):
+        assert await get(gets, "k", Range(0, len(into), whole(into)), "", never) is None
+
+
+async def test_a_server_that_hangs_is_not_asked_for_the_rest() -> None:
+    """Those that wait go another way at once: each would take the whole time."""
+    into = np.zeros(5000, np.uint8)
+    asks = [Ask("k", "", Range(n * 1000, n * 1000 + 1000, rows(into, [(n * 1000, 1000)])), never) for n in range(5)]
+    async with gets_from(hang_in_head, max_concurrency=1, request_timeout=0.2) as (gets, server):
+        assert await gets.get(asks) == [None] * 5
+        assert len(server.heads) == 1
+
+
 @pytest.mark.parametrize("script", [hang_in_body, hang_in_head])
 @pytest.mark.parametrize("way", ["cancel", "close"])
 async def test_broken_off(script: Script, way: str) -> None:
@@ -355,7 +379,7 @@ async def test_broken_off(script: Script, way: str) -> None:
         assert (into == left).all()
 
 
-async def test_a_far_store_has_more_requests_under_way() -> None:
+async def test_a_far_store_has_more_requests_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A near one is asked by few threads; once answers are seen to take long, all that may ask do."""
     under_way, peaks = 0, []
 
@@ -373,10 +397,12 @@ async def test_a_far_store_has_more_requests_under_way() -> None:
 
     into = np.zeros(64 * 100, np.uint8)
     asks = [Ask("k", "", Range(n * 100, n * 100 + 100, rows(into, [(n * 100, 100)])), never) for n in range(64)]
+    monkeypatch.setattr("xferd.plugins.object.nearness.NEAR_S", 60.0)
     async with gets_from(slowly(0.0), max_concurrency=12) as (gets, _):
         assert all(await gets.get(asks))
         assert max(peaks) <= module.NEAR_THREADS
     peaks.clear()
+    monkeypatch.setattr("xferd.plugins.object.nearness.NEAR_S", 0.002)
     async with gets_from(slowly(0.05), max_concurrency=12) as (gets, _):
         assert all(await gets.get(asks))
         assert max(peaks) == 12
