@@ -102,6 +102,17 @@ async def test_what_was_summed_as_it_passed_is_not_read_back(tmp_path):
             await rig.verify(made)
 
 
+@pytest.mark.parametrize("has_checksums", [True, False])
+async def test_sums_are_wanted_where_they_are_kept(tmp_path, has_checksums):
+    async with opened(tmp_path, has_checksums=has_checksums) as rig:
+        (made,) = await rig.allocate(64 * KIB)
+        target, source = span(made, 0, 64 * KIB), Extent(MappedSpace(), iov_of(bytes(64 * KIB)))
+        ticket = await rig.sealer.begin([target])
+        assert (rig.sealer.leaving(ticket, source, target).sums is not None) == has_checksums
+        assert rig.sealer.leaving(ticket, Extent(made.space, source.iov), target) is None
+        rig.sealer.abandon(ticket)
+
+
 async def test_blocks_that_did_not_pass_whole_or_once_are_read_back(tmp_path):
     async with opened(tmp_path) as rig:
         (made,) = await rig.allocate(64 * KIB)

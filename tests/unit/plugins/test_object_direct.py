@@ -16,7 +16,8 @@ import pytest
 import uvloop
 import xxhash
 
-from xferd.plugins.object import addresses, direct as module
+from xferd.api.errors import InvalidArgument
+from xferd.plugins.object import ObjectBackend, ObjectOptions, addresses, direct as module
 from xferd.plugins.object.connections import Connections
 from xferd.plugins.object.digests import LEAF_NBYTES
 from xferd.plugins.object.direct import Ask, DirectGets
@@ -364,13 +365,14 @@ async def test_broken_off(script: Script, way: str) -> None:
     async with gets_from(script) as (gets, server):
         task = asyncio.create_task(get(gets, "k", Range(0, len(into), whole(into)), "", never))
         await until(lambda: bool(server.heads) and (script is hang_in_head or bool(into.any())))
-        if way == "cancel":
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        else:
-            await gets.aclose()
-            assert await task is None
+        async with asyncio.timeout(10):  # of the 30 s that the request may take
+            if way == "cancel":
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                await gets.aclose()
+                assert await task is None
         left = into.copy()
         server.script = well
         other = np.zeros(50, np.uint8)
@@ -459,6 +461,39 @@ def test_nearness() -> None:
     assert nearness.is_near(10.0 + FAR_S)
     assert nearness.note(100, 0.05, 10.0 + FAR_S)
     assert not nearness.is_near(11.0 + FAR_S)
+
+
+async def test_who_is_cancelled_takes_nothing_from_others() -> None:
+    """What another one waits for behind it still comes."""
+    mine, other = np.zeros(1000, np.uint8), np.zeros(500, np.uint8)
+    asks = [Ask("k", "", Range(0, 1000, whole(mine)), never)] * 3
+    async with gets_from(hang_in_head, max_concurrency=1) as (gets, server):
+        task = asyncio.create_task(gets.get(asks))
+        await until(lambda: bool(server.heads))
+        behind = asyncio.create_task(get(gets, "k", Range(7, 507, whole(other)), "", never))
+        await until(lambda: len(gets._waiting) == 3)
+        server.script = well
+        task.cancel()
+        async with asyncio.timeout(10):
+            assert await behind is not None
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(server.heads) == 2
+    assert (other == DATA[7:507]).all()
+    assert not mine.any()
+
+
+async def test_a_backend_closes_what_its_stores_have_and_checks_keys() -> None:
+    section = {"url": "s3://b", "endpoint": "http://127.0.0.1:9", "allow_http": True, "anonymous": True}
+    backend = ObjectBackend(ObjectOptions.model_validate({"stores": {"s": section}}))
+    await backend.start()
+    store = backend._stores["s"]
+    assert store.direct is not None
+    into = np.zeros(10, np.uint8)
+    with pytest.raises(InvalidArgument):
+        await store.get_into([Ask("../k", "", Range(0, 10, whole(into)), never)])
+    await backend.aclose()
+    assert store.direct._is_closed
 
 
 async def test_memory_that_is_not_there_is_left_to_the_other_way() -> None:

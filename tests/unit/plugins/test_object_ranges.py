@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from xferd.api.errors import InvalidArgument
 from xferd.plugins.base import Extent, MappedSpace, ObjectSpace, ObjectsSpace, ObjectVersion, RemoteSpace
-from xferd.plugins.object.ranges import by_object, covers, in_object_order, plan_gets
+from xferd.plugins.object.ranges import Get, by_object, covers, in_object_order, plan_gets
 
 OBJECT = 5000
 
@@ -155,3 +155,25 @@ def test_a_read_of_several_objects_is_split_by_object_and_no_byte_changes_its_pl
         assert where.flags.c_contiguous  # it is handed to C as it stands
         found += [(number, at, to) for at, to in zip(spread(spans.tolist()), spread(where.tolist()), strict=True)]
     assert sorted(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("offset", "sizes", "is_dense"),
+    [
+        (None, [3, 97], True),
+        ([0], [100], True),
+        ([0, 40], [40, 60], True),
+        ([0, 40, 99], [40, 59, 1], True),
+        ([10], [90], False),
+        ([10, 40], [30, 60], False),
+        ([0, 50], [40, 50], False),
+        ([0, 30], [40, 70], False),
+        ([0, 40], [40, 50], False),
+        ([40, 0], [60, 40], False),
+    ],
+)
+def test_which_gets_are_all_of_their_range_in_order(offset, sizes, is_dense):
+    """The others leave something out, overlap, or lie in another order than the bytes come."""
+    target = np.column_stack((np.arange(len(sizes)) * 1000, sizes)).astype(np.uint64)
+    get = Get(500, 600, target, None if offset is None else np.array(offset, np.uint64))
+    assert get.is_dense == is_dense
