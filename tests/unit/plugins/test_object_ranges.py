@@ -167,7 +167,7 @@ def test_a_read_of_several_objects_is_split_by_object_and_no_byte_changes_its_pl
         ([10], [90], False),
         ([10, 40], [30, 60], False),
         ([0, 50], [40, 50], False),
-        ([0, 30], [40, 70], False),
+        ([0, 30], [40, 60], False),
         ([0, 40], [40, 50], False),
         ([40, 0], [60, 40], False),
     ],
