@@ -357,6 +357,17 @@ def discard(sock_fd: int, nbytes: int) -> int:
     return done
 
 
+def is_quiet(sock: socket.socket) -> bool:
+    """Whether a connection is up with nothing to read; does not wait."""
+    try:
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False  # ended, or the peer talks out of turn
+
+
 def read_file_spans(fd: int, spans: IovTable, target: IovTable) -> int:
     """Read spans of a file, in order, into memory of the same total; returns the bytes read, all of them.
 

@@ -55,7 +55,7 @@ class Fio(System):
         return "" if self._command else MISSING
 
     def probe(self, case: Case) -> Probe:
-        """Return the probe; the file is written when the first one of its size is asked for."""
+        """Return the probe."""
         assert self._command is not None
         self._engine = self._engine or _engine(self._command)
         return FioProbe(case, [self._command, f"--ioengine={self._engine}"], self._file_of)

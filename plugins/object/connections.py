@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+from typing import TYPE_CHECKING
+
+from xferd.plugins import vectored
+
+if TYPE_CHECKING:
+    import socket
 
 IDLE_S = 30.0
 """How long one is kept."""
@@ -24,7 +29,7 @@ class Connections:
         while self._resting:
             sock = next(reversed(self._resting))
             self._forget(sock)
-            if _is_quiet(sock):
+            if vectored.is_quiet(sock):
                 sock.setblocking(True)  # an event loop may have made it one that does not wait
                 return sock
             sock.close()
@@ -63,14 +68,3 @@ class Connections:
     def _forget(self, sock: socket.socket) -> None:
         del self._resting[sock]
         asyncio.get_running_loop().remove_reader(sock)
-
-
-def _is_quiet(sock: socket.socket) -> bool:
-    """Whether a connection is up with nothing to read; does not wait."""
-    try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -12,11 +12,16 @@ import numpy as np
 import xxhash
 
 from xferd.api.errors import IntegrityError
+from xferd.plugins.base import BlockSums
+from xferd.plugins.posix import xxh3
+from xferd.plugins.vectored import total_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
+
+    from xferd.plugins.base import IovTable
 
 LEAF_NBYTES = 1 << 20
 ATTRIBUTE = "xferdxxh3"
@@ -25,10 +30,13 @@ ATTRIBUTE = "xferdxxh3"
 _LEAVES = f"{LEAF_NBYTES}:"
 
 
-def leaves_of(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Return the digest of each MiB; the last may be shorter. Milliseconds for 8 MiB: call it from a thread."""
-    found = [xxhash.xxh3_64_intdigest(data[at : at + LEAF_NBYTES].data) for at in range(0, len(data), LEAF_NBYTES)]
-    return np.array(found, dtype=np.uint64)
+def leaves_of(memory: IovTable) -> NDArray[np.uint64]:
+    """Return the digest of each MiB of what lies in memory rows; the last may be shorter. Call it from a thread."""
+    nbytes = total_nbytes(memory)
+    begin = np.arange(0, nbytes, LEAF_NBYTES)
+    leaves = BlockSums.of(begin, np.minimum(begin + LEAF_NBYTES, nbytes))
+    xxh3.sum_memory(leaves, memory, xxh3.load())
+    return leaves.values
 
 
 def attribute_of(leaves: NDArray[np.uint64]) -> dict[str, str]:

@@ -14,9 +14,7 @@ import numpy as np
 
 from xferd.api.errors import MoveFailed, PeerLost
 from xferd.plugins import vectored
-from xferd.plugins.base import BlockSums
-from xferd.plugins.object.digests import LEAF_NBYTES
-from xferd.plugins.posix import xxh3
+from xferd.plugins.object.digests import LEAF_NBYTES, leaves_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -202,14 +200,14 @@ class Fetch:
             self.is_discouraging = head.status < 400 or head.status >= 500 or head.status == 429
             return None, False
         attributes = head.attributes
-        leaves: list[int] | None = [] if self._hashes(attributes) else None
+        leaves: list[NDArray[np.uint64]] | None = [] if self._hashes(attributes) else None
         while len(places):
             part, places = vectored.split(places, min(LEAF_NBYTES, vectored.total_nbytes(places)))
             more = self._fill(sock, part, more)
             if leaves is not None:  # at once: it is in the processor's cache
-                leaves.append(_digest(part))
+                leaves.append(leaves_of(part))
         self.took_s = time.monotonic() - began
-        return Received(attributes, None if leaves is None else np.array(leaves, np.uint64)), not head.is_last
+        return Received(attributes, None if leaves is None else np.concatenate(leaves)), not head.is_last
 
     def _head(self, sock: socket.socket) -> tuple[Head, bytes]:
         """Return the head of the answer, and what came after it with the same call."""
@@ -243,9 +241,3 @@ class Fetch:
         wait = struct.pack("@ll", int(left_s), max(1, int(left_s % 1 * 1e6)))  # struct timeval; two zeros are for ever
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
-
-
-def _digest(memory: IovTable) -> int:
-    whole = BlockSums.of(np.zeros(1, np.int64), np.array([vectored.total_nbytes(memory)], np.int64))
-    xxh3.sum_memory(whole, memory, xxh3.load())
-    return int(whole.values[0])

@@ -59,7 +59,7 @@ class Arrival:
     def hash(self) -> None:
         """Take the digests if they are wanted; in a thread."""
         if self._hashes:
-            self.leaves = leaves_of(self._data)
+            self.leaves = leaves_of(vectored.iov_of(self._data.data))
 
 
 class Placer:

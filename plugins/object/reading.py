@@ -141,9 +141,11 @@ class Reader:
 
     async def _read_straight(self, store: Store, jobs: list[_Job]) -> list[_Job]:
         """Have bytes put in place as they are received, where that can be; returns what has to come another way."""
-        straight = [job for job in jobs if job.get.is_dense]
+        straight: list[_Job] = []
+        left: list[_Job] = []
+        for job in jobs:
+            (straight if job.get.is_dense else left).append(job)
         received = await store.get_into([_ask(job) for job in straight])
-        left = [job for job in jobs if not job.get.is_dense]
         for job, got in zip(straight, received, strict=True):
             if got is None:
                 left.append(job)

@@ -37,37 +37,54 @@ struct summing {
     uint64_t *sums;
 };
 
+/* Where the sums of a stream of bytes have got to. */
+struct passing {
+    const struct summing *wanted;
+    void *state;
+    uint64_t at;
+    size_t block;
+};
+
+/* Sum the next bytes of the stream, as far as they are of blocks. */
+static void pass(struct passing *passing, const char *data, size_t size)
+{
+    const struct summing *wanted = passing->wanted;
+    const struct hasher *hasher = wanted->hasher;
+
+    while (size && passing->block < wanted->count) {
+        uint64_t begin = wanted->begin[passing->block], stop = wanted->stop[passing->block];
+        uint64_t border = passing->at < begin ? begin : stop;
+        size_t part = size < border - passing->at ? size : border - passing->at;
+
+        if (passing->at >= begin) {
+            if (part == stop - begin)
+                wanted->sums[passing->block++] = hasher->whole(data, part);
+            else {
+                if (passing->at == begin)
+                    hasher->reset(passing->state);
+                hasher->update(passing->state, data, part);
+                if (passing->at + part == stop)
+                    wanted->sums[passing->block++] = hasher->digest(passing->state);
+            }
+        }
+        passing->at += part;
+        data += part;
+        size -= part;
+    }
+    passing->at += size;
+}
+
 /* Sum blocks of the stream that rows of memory make up, which reach to the end of the last one at least. Returns 0, or -1
  * where there is no memory. */
 int xferd_sum_pieces(const struct summing *wanted, const struct iovec *row)
 {
-    const struct hasher *hasher = wanted->hasher;
-    uint64_t passed = 0; /* bytes of the rows before the one at hand */
-    void *state = hasher->create();
+    struct passing passing = {wanted, wanted->hasher->create(), 0, 0};
 
-    if (!state)
+    if (!passing.state)
         return -1;
-    for (size_t block = 0; block < wanted->count; block++) {
-        uint64_t at = wanted->begin[block], stop = wanted->stop[block];
-
-        while (at >= passed + row->iov_len)
-            passed += row++->iov_len;
-        if (stop <= passed + row->iov_len) {
-            wanted->sums[block] = hasher->whole((const char *)row->iov_base + (at - passed), stop - at);
-            continue;
-        }
-        hasher->reset(state);
-        for (;;) {
-            uint64_t end = passed + row->iov_len < stop ? passed + row->iov_len : stop;
-
-            hasher->update(state, (const char *)row->iov_base + (at - passed), end - at);
-            if ((at = end) == stop)
-                break;
-            passed += row++->iov_len;
-        }
-        wanted->sums[block] = hasher->digest(state);
-    }
-    hasher->release(state);
+    for (; passing.block < wanted->count; row++)
+        pass(&passing, row->iov_base, row->iov_len);
+    wanted->hasher->release(passing.state);
     return 0;
 }
 
@@ -282,39 +299,6 @@ int xferd_read_mapped(int fd, uint64_t base, const struct iovec *spans, size_t c
  * file, by the speed without sums: 64 KiB 0.73, 128 KiB 0.78, 256 KiB 0.80, 512 KiB 0.90, 1 MiB 0.97: calls take turns. */
 #define WRITTEN (1 << 20)
 #define WRITTEN_ROWS 256
-
-/* Where the sums of a stream of bytes have got to. */
-struct passing {
-    const struct summing *wanted;
-    void *state;
-    uint64_t at;
-    size_t block;
-};
-
-/* Sum the next bytes of the stream, as far as they are of blocks. */
-static void pass(struct passing *passing, const char *data, size_t size)
-{
-    const struct summing *wanted = passing->wanted;
-    const struct hasher *hasher = wanted->hasher;
-
-    while (size && passing->block < wanted->count) {
-        uint64_t begin = wanted->begin[passing->block], stop = wanted->stop[passing->block];
-        uint64_t border = passing->at < begin ? begin : stop;
-        size_t part = size < border - passing->at ? size : border - passing->at;
-
-        if (passing->at >= begin) {
-            if (passing->at == begin)
-                hasher->reset(passing->state);
-            hasher->update(passing->state, data, part);
-            if (passing->at + part == stop)
-                wanted->sums[passing->block++] = hasher->digest(passing->state);
-        }
-        passing->at += part;
-        data += part;
-        size -= part;
-    }
-    passing->at += size;
-}
 
 /* Write memory to spans of a file, each one as (position, bytes), of the same total, in order, and sum blocks of it just
  * before they are written. Returns 0, or -1 where a call did not write all that it was to, or *stop was set: some of it has

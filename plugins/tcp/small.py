@@ -17,7 +17,7 @@ from xferd.plugins import vectored
 from xferd.plugins.tcp.exchange import Answers, explain
 from xferd.plugins.tcp.frames import FrameLimits, FrameType, encode_frame
 from xferd.plugins.tcp.lanes import Ticket
-from xferd.plugins.tcp.streams import FrameHeads, ReadAhead, is_quiet
+from xferd.plugins.tcp.streams import FrameHeads, ReadAhead
 
 if TYPE_CHECKING:
     import socket
@@ -111,7 +111,7 @@ class SmallLane:
 
     def is_quiet(self) -> bool:
         """Whether the lane is up with nothing to read, as it must be between two exchanges."""
-        return self.is_good and self.stream.ahead.is_between_frames and is_quiet(self.stream.sock)
+        return self.is_good and self.stream.ahead.is_between_frames and vectored.is_quiet(self.stream.sock)
 
     def _guarded(self, step: Callable[..., None], *arguments: object) -> None:
         try:

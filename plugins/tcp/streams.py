@@ -185,7 +185,7 @@ class BlockingStream:
 
     def is_quiet(self) -> bool:
         """Whether the lane is up with nothing to read, as it must be between two exchanges."""
-        return self._ahead.is_between_frames and is_quiet(self._sock)
+        return self._ahead.is_between_frames and vectored.is_quiet(self._sock)
 
     def send(
         self, frame_type: FrameType, message: Message, *, request_id: int, payload: IovTable | None = None
@@ -270,14 +270,3 @@ class BlockingStream:
             for _ in range(MAX_DROPS):
                 if not self._sock.recv(1 << 20, socket.MSG_TRUNC):
                     break
-
-
-def is_quiet(sock: socket.socket) -> bool:
-    """Whether a connection is up with nothing to read; does not wait."""
-    try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False  # ended, or the peer talks out of turn

@@ -32,6 +32,7 @@ from xferd.plugins.object.digests import LEAF_NBYTES, LeafHasher, WholeCheck, at
 from xferd.plugins.object.faults import StoreFault, translate
 from xferd.plugins.object.keys import check_key, check_prefix
 from xferd.plugins.object.options import ObjectOptions, StoreOptions
+from xferd.plugins.vectored import iov_of
 
 MIB = 1 << 20
 
@@ -133,21 +134,21 @@ def test_digests_do_not_depend_on_pieces(sizes):
     for size in sizes:
         hasher.update(data[at : at + size])
         at += size
-    assert np.array_equal(hasher.leaves(), leaves_of(data))
+    assert np.array_equal(hasher.leaves(), leaves_of(iov_of(data)))
 
 
 @pytest.mark.parametrize("nbytes", [1, LEAF_NBYTES, 3 * LEAF_NBYTES + 17])
 def test_a_flipped_bit_is_found_in_any_order_of_parts(nbytes):
     """Parts may come in any order; one that is missing, or cut elsewhere, verifies nothing."""
     data = np.random.default_rng(3).integers(0, 255, nbytes, dtype=np.uint8)
-    attributes = attribute_of(leaves_of(data))
+    attributes = attribute_of(leaves_of(iov_of(data)))
 
     def check(data, starts, attributes=attributes):
         found = WholeCheck("object 'k' of store 's'", nbytes)
         for start in starts:
             stop = min(start + LEAF_NBYTES, nbytes)
             assert found.wants(start, stop)
-            found.add(start, leaves_of(data[start:stop]), attributes)
+            found.add(start, leaves_of(iov_of(data[start:stop])), attributes)
         return found
 
     starts = list(range(0, nbytes, LEAF_NBYTES))

@@ -17,6 +17,7 @@ from xferd.plugins.movers import MoverPool
 from xferd.plugins.object.digests import leaves_of
 from xferd.plugins.object.placing import Arrival, Placer
 from xferd.plugins.object.ranges import Get
+from xferd.plugins.vectored import iov_of
 
 NBYTES = 1000
 
@@ -78,7 +79,8 @@ async def test_what_arrives_while_a_thread_copies_is_placed_by_one_copy(rig):
     for number in (1, 2, 3, 4):
         assert (rig.memory[number] == number).all()
     assert [result is None for result in results] == [True, True, False, True]
-    assert np.array_equal(results[2], leaves_of(np.full(NBYTES, 3, dtype=np.uint8)))
+    wanted = np.full(NBYTES, 3, dtype=np.uint8)
+    assert np.array_equal(results[2], leaves_of(iov_of(wanted.data)))
     await asyncio.wait_for(rig.place(5), 10)  # and another one after it had nothing to do
 
 
