@@ -225,7 +225,8 @@ def flush_file(fd: int, path: str) -> None:
 def send_all(sock_fd: int, source: IovTable, *, more: bool = False, turn_nbytes: int = MAX_CALL_NBYTES) -> int:
     """Send a table's bytes on a blocking stream socket; returns their number, all of them.
 
-    To break it off from another thread, shut the socket down. ``more`` says that something follows at once: what does
+    To break it off from another thread, shut the socket down. A socket with a send timeout (``SO_SNDTIMEO``) is looked
+    at each time that it took nothing for so long: where the other side has hung up, it never will. ``more`` says that something follows at once: what does
     not fill a packet then waits for it, so that the other side is woken once (``MSG_MORE``). ``turn_nbytes`` is the
     most that one call moves; see ``turns``.
 
@@ -299,7 +300,7 @@ def _stream(
             moved = call(sock_fd, ctypes.byref(message), last_flags if done + size == want else flags)
             if moved <= 0:
                 code = ctypes.get_errno() if moved < 0 else 0
-                if code == errno.EINTR:
+                if code == errno.EINTR or (code == errno.EAGAIN and not has_hung_up(sock_fd)):
                     continue
                 raise _socket_failed("sendmsg" if call is _sendmsg else "recvmsg", code, done, want)
             done += moved
@@ -366,6 +367,13 @@ def is_quiet(sock: socket.socket) -> bool:
     except OSError:
         return False
     return False  # ended, or the peer talks out of turn
+
+
+def has_hung_up(sock_fd: int) -> bool:
+    """Return whether the other side of a connection will send no more; does not wait, and reads nothing."""
+    poller = select.poll()
+    poller.register(sock_fd, select.POLLRDHUP)
+    return bool(poller.poll(0))
 
 
 def read_file_spans(fd: int, spans: IovTable, target: IovTable) -> int:
@@ -451,6 +459,8 @@ def _socket_failed(call: str, code: int, done: int, want: int) -> XferdError:
         return call_failed(call, code, done, want)
     if code == 0:
         return PeerLost(f"the connection ended after {done} of {want} bytes")
+    if code == errno.EAGAIN:
+        return PeerLost(f"the other side has hung up, and takes no more after {done} of {want} bytes")
     failure = PeerLost(f"{call}: {errno.errorcode.get(code, code)} after {done} of {want} bytes")
     failure.__cause__ = OSError(code, os.strerror(code))
     return failure

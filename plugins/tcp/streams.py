@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 READ_AHEAD_NBYTES = 8192
 """What a call that looks for a header may bring along: a small request with its payload comes in one call."""
 LINGER_S = 1.0
+STALL_S = 1
+"""After how long without room in the socket a sender looks whether the other side has hung up."""
 MAX_DROPS = 64
 """Reads that a lane which is being refused is given to take notice."""
 
@@ -163,6 +166,9 @@ class BlockingStream:
 
     def __init__(self, sock: socket.socket, turn_nbytes: int) -> None:
         sock.settimeout(None)
+        # A side that says goodbye and reads no more without closing (a proxy does) still answers the kernel's probes: a
+        # call that only sends would wait for room for ever.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", STALL_S, 0))  # struct timeval
         self._turn_nbytes = turn_nbytes
         self._sock = sock
         self._fd = sock.fileno()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from xferd.api.descriptors import coalesce
 from xferd.api.errors import MoveFailed, PeerLost
 from xferd.plugins import vectored
+from xferd.plugins.tcp.streams import BlockingStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,6 +106,60 @@ def test_a_blocked_call_ends_when_the_socket_is_shut_down(
     thread.join(10)
     assert not thread.is_alive()
     assert len(errors) == 1
+
+
+def hurried(sock: socket.socket) -> socket.socket:
+    """Have a socket's calls return when they could send nothing for 50 ms."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 50_000))
+    return sock
+
+
+def fill_up(sock: socket.socket) -> None:
+    """Send until the other side's window is closed: what hangs up after that sends no reset."""
+    with pytest.raises(BlockingIOError):
+        while True:
+            sock.send(bytes(1 << 20), socket.MSG_DONTWAIT)
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_RDWR, socket.SHUT_WR])
+def test_a_side_that_hangs_up_and_takes_nothing_is_lost(tcp: tuple[socket.socket, socket.socket], how: int) -> None:
+    one, two = tcp
+    memory = np.zeros(64 << 20, dtype=np.uint8)
+    fill_up(one)
+    two.shutdown(how)
+    with pytest.raises(PeerLost, match=r"has hung up, and takes no more after \d+ of 67108864"):
+        vectored.send_all(hurried(one).fileno(), table(memory, [64 << 20], 0))
+
+
+def test_a_side_that_is_slow_to_take_gets_it_all(
+    tcp: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tcp
+    source = np.random.default_rng(1).integers(0, 256, 32 << 20, dtype=np.uint8)
+    target = np.zeros_like(source)
+    look, looked = vectored.has_hung_up, threading.Semaphore(0)
+
+    def seen(sock_fd: int) -> bool:
+        looked.release()
+        return look(sock_fd)
+
+    monkeypatch.setattr(vectored, "has_hung_up", seen)
+    sender = run(lambda: vectored.send_all(hurried(one).fileno(), table(source, [32 << 20], 0), turn_nbytes=1 << 20))
+    for _ in range(3):
+        assert looked.acquire(timeout=10)  # it could send nothing for a while, and went on
+    vectored.recv_all(two.fileno(), table(target, [32 << 20], 0))
+    sender.join()
+    np.testing.assert_array_equal(target, source)
+
+
+def test_a_stream_does_not_wait_for_a_side_that_hung_up(tcp: tuple[socket.socket, socket.socket]) -> None:
+    one, two = tcp
+    memory = np.zeros(64 << 20, dtype=np.uint8)
+    stream = BlockingStream(one, 1 << 20)
+    fill_up(one)
+    two.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(PeerLost, match="has hung up"):
+        stream.send_rest(table(memory, [64 << 20], 0))
 
 
 def test_memory_that_is_not_there_is_no_crash(tcp: tuple[socket.socket, socket.socket]) -> None:
