@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "../local/_pieces.c"
+#include "_xxh3.c"
 
 #include <errno.h>
 #include <linux/io_uring.h>
@@ -18,19 +19,9 @@
 
 /* ---- sums of blocks ---------------------------------------------------------------------------------------------- */
 
-/* The functions of a hash, from whatever library xxh3.py has found. */
-struct hasher {
-    void *(*create)(void);
-    int (*release)(void *);
-    int (*reset)(void *);
-    int (*update)(void *, const void *, size_t);
-    uint64_t (*digest)(const void *);
-    uint64_t (*whole)(const void *, size_t);
-};
-
 /* Blocks of a stream of bytes, ascending and apart from each other, and where their sums go. */
 struct summing {
-    const struct hasher *hasher;
+    uint64_t (*whole)(const void *, size_t); /* xxh3 of a library that xxh3.py has found */
     const uint64_t *begin;
     const uint64_t *stop;
     size_t count;
@@ -40,134 +31,92 @@ struct summing {
 /* Where the sums of a stream of bytes have got to. */
 struct passing {
     const struct summing *wanted;
-    void *state;
     uint64_t at;
     size_t block;
+    struct sum sum;
 };
+
+/* Return how many of the next bytes are all of one block, or of none. */
+static size_t next_part(const struct passing *passing, size_t size)
+{
+    const struct summing *wanted = passing->wanted;
+    uint64_t border;
+
+    if (passing->block == wanted->count)
+        return size;
+    border = wanted->begin[passing->block];
+    if (passing->at >= border)
+        border = wanted->stop[passing->block];
+    return size < border - passing->at ? size : border - passing->at;
+}
+
+/* Sum the next bytes of the stream, as many as ``next_part`` allows, as far as they are of a block; copy them unless ``to``
+ * is NULL. */
+static void pass_part(struct passing *passing, const char *from, char *to, size_t part, int past_cache)
+{
+    const struct summing *wanted = passing->wanted;
+    uint64_t begin = passing->block < wanted->count ? wanted->begin[passing->block] : UINT64_MAX;
+
+    if (passing->at < begin) {
+        if (to && past_cache)
+            copy_past_cache(to, from, part);
+        else if (to)
+            memcpy(to, from, part);
+    } else {
+        uint64_t stop = wanted->stop[passing->block];
+
+        if (!to && part == stop - begin)
+            wanted->sums[passing->block++] = wanted->whole(from, part);
+        else {
+            if (passing->at == begin)
+                sum_begin(&passing->sum);
+            sum_take(&passing->sum, from, to, part, past_cache);
+            if (passing->at + part == stop)
+                wanted->sums[passing->block++] = sum_end(&passing->sum, wanted->whole);
+        }
+    }
+    passing->at += part;
+}
 
 /* Sum the next bytes of the stream, as far as they are of blocks. */
 static void pass(struct passing *passing, const char *data, size_t size)
 {
-    const struct summing *wanted = passing->wanted;
-    const struct hasher *hasher = wanted->hasher;
+    while (size) {
+        size_t part = next_part(passing, size);
 
-    while (size && passing->block < wanted->count) {
-        uint64_t begin = wanted->begin[passing->block], stop = wanted->stop[passing->block];
-        uint64_t border = passing->at < begin ? begin : stop;
-        size_t part = size < border - passing->at ? size : border - passing->at;
-
-        if (passing->at >= begin) {
-            if (part == stop - begin)
-                wanted->sums[passing->block++] = hasher->whole(data, part);
-            else {
-                if (passing->at == begin)
-                    hasher->reset(passing->state);
-                hasher->update(passing->state, data, part);
-                if (passing->at + part == stop)
-                    wanted->sums[passing->block++] = hasher->digest(passing->state);
-            }
-        }
-        passing->at += part;
+        pass_part(passing, data, NULL, part, 0);
         data += part;
         size -= part;
     }
-    passing->at += size;
 }
 
-/* Sum blocks of the stream that rows of memory make up, which reach to the end of the last one at least. Returns 0, or -1
- * where there is no memory. */
+/* Sum blocks of the stream that rows of memory make up, which reach to the end of the last one at least. Returns 0. */
 int xferd_sum_pieces(const struct summing *wanted, const struct iovec *row)
 {
-    struct passing passing = {wanted, wanted->hasher->create(), 0, 0};
+    struct passing passing = {.wanted = wanted};
 
-    if (!passing.state)
-        return -1;
     for (; passing.block < wanted->count; row++)
         pass(&passing, row->iov_base, row->iov_len);
-    wanted->hasher->release(passing.state);
     return 0;
-}
-
-/* Bytes that are summed at a time. They and the hash's state stay in the first-level cache; 16 KiB do not. */
-#define KEPT 4096
-
-/* Copy to two places. Each byte is loaded once: what is summed is what was stored to the target, whatever happens to the
- * page that it came from. */
-static void copy_keeping(char *to, char *kept, const char *from, size_t size, int past_cache)
-{
-#ifdef __SSE2__
-    if (past_cache && size >= PAST_CACHE_MIN) {
-        size_t head = -(uintptr_t)to & 63;
-
-        memcpy(kept, from, head);
-        memcpy(to, kept, head);
-        for (to += head, kept += head, from += head, size -= head; size >= 64;
-             to += 64, kept += 64, from += 64, size -= 64) {
-            /* While the hash is at work nothing else is asked of memory; a page ahead, also of the last, does no harm. */
-            __builtin_prefetch(from + KEPT);
-            __m128i a = _mm_loadu_si128((const __m128i *)from);
-            __m128i b = _mm_loadu_si128((const __m128i *)(from + 16));
-            __m128i c = _mm_loadu_si128((const __m128i *)(from + 32));
-            __m128i d = _mm_loadu_si128((const __m128i *)(from + 48));
-
-            _mm_storeu_si128((__m128i *)kept, a);
-            _mm_storeu_si128((__m128i *)(kept + 16), b);
-            _mm_storeu_si128((__m128i *)(kept + 32), c);
-            _mm_storeu_si128((__m128i *)(kept + 48), d);
-            _mm_stream_si128((__m128i *)to, a);
-            _mm_stream_si128((__m128i *)(to + 16), b);
-            _mm_stream_si128((__m128i *)(to + 32), c);
-            _mm_stream_si128((__m128i *)(to + 48), d);
-        }
-    }
-#else
-    (void)past_cache;
-#endif
-    memcpy(kept, from, size);
-    memcpy(to, kept, size);
 }
 
 /* As xferd_copy_pieces, and sum blocks of what is copied on the way. */
 static void copy_summing(const struct iovec *target, const struct iovec *source, size_t sources, int past_cache,
-                         const struct summing *wanted, void *state)
+                         const struct summing *wanted)
 {
-    const struct hasher *hasher = wanted->hasher;
-    uint64_t at = 0, never = UINT64_MAX; /* in the stream of bytes that is copied */
-    size_t filled = 0, held = 0, block = 0;
-    char kept[KEPT] __attribute__((aligned(64)));
+    struct passing passing = {.wanted = wanted};
+    size_t filled = 0;
 
-    hasher->reset(state);
     for (const struct iovec *end = source + sources; source < end; source++) {
         const char *from = source->iov_base;
         size_t left = source->iov_len;
 
         while (left) {
-            uint64_t begin = block < wanted->count ? wanted->begin[block] : never;
-            uint64_t stop = at < begin ? begin : wanted->stop[block];
             size_t room = target->iov_len - filled;
-            size_t size = left < room ? left : room;
+            size_t size = next_part(&passing, left < room ? left : room);
             char *to = (char *)target->iov_base + filled;
 
-            if (size > stop - at)
-                size = stop - at;
-            if (at >= begin) {
-                if (size > KEPT - held)
-                    size = KEPT - held;
-                copy_keeping(to, kept + held, from, size, past_cache);
-                held += size;
-                if (held == KEPT || at + size == stop) {
-                    hasher->update(state, kept, held);
-                    held = 0;
-                }
-                if (at + size == stop) {
-                    wanted->sums[block++] = hasher->digest(state);
-                    hasher->reset(state);
-                }
-            } else if (past_cache && size >= PAST_CACHE_MIN)
-                copy_past_cache(to, from, size);
-            else
-                memcpy(to, from, size);
-            at += size;
+            pass_part(&passing, from, to, size, past_cache && size >= PAST_CACHE_MIN);
             from += size;
             left -= size;
             filled += size;
@@ -216,11 +165,11 @@ int xferd_guard(void)
     return sigaction(SIGBUS, NULL, &before) || sigaction(SIGBUS, &ours, NULL) ? -1 : 0;
 }
 
-/* As copy_summing, or as xferd_copy_pieces where no state is given; returns -1 where a page could not be had (some bytes
- * have been copied then), or where somebody else has taken SIGBUS (none have). The hash reads no page of a file, so that
- * no jump leaves it half done. */
+/* As copy_summing, or as xferd_copy_pieces where nothing is wanted; returns -1 where a page could not be had (some bytes
+ * have been copied then), or where somebody else has taken SIGBUS (none have). A jump leaves a sum half done, which is on
+ * the stack and goes with it. */
 static int copy_guarded(const struct iovec *target, const struct iovec *source, size_t sources, int past_cache,
-                        const struct summing *wanted, void *state)
+                        const struct summing *wanted)
 {
     sigjmp_buf here;
 
@@ -232,8 +181,8 @@ static int copy_guarded(const struct iovec *target, const struct iovec *source, 
     }
     way_back = &here;
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
-    if (state)
-        copy_summing(target, source, sources, past_cache, wanted, state);
+    if (wanted)
+        copy_summing(target, source, sources, past_cache, wanted);
     else
         xferd_copy_pieces(target, source, sources, past_cache);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
@@ -266,15 +215,14 @@ static int is_cached(int fd, const struct iovec *spans, size_t count, size_t pro
 }
 
 /* Read spans of a file, each one as (position, bytes), from its mapping at base into target, of the same total; source is
- * room for a copy of the spans; wanted is NULL, or what is to be summed of the stream that they make up. Returns 0, or -1 where calls have to read all of it again: some of it is not in the page
- * cache, or the file ends before ``end``, or a page could not be had. */
+ * room for a copy of the spans; wanted is NULL, or what is to be summed of the stream that they make up. Returns 0, or -1
+ * where calls have to read all of it again: some of it is not in the page cache, or the file ends before ``end``, or a page
+ * could not be had. */
 int xferd_read_mapped(int fd, uint64_t base, const struct iovec *spans, size_t count, uint64_t end, size_t probes,
                       struct iovec *source, const struct iovec *target, int past_cache,
                       const struct summing *wanted)
 {
     struct stat facts;
-    void *state = NULL;
-    int code;
 
     if (!is_cached(fd, spans, count, probes))
         return -1;
@@ -282,12 +230,7 @@ int xferd_read_mapped(int fd, uint64_t base, const struct iovec *spans, size_t c
         source[row].iov_base = (char *)spans[row].iov_base + base;
         source[row].iov_len = spans[row].iov_len;
     }
-    if (wanted && !(state = wanted->hasher->create()))
-        return -1;
-    code = copy_guarded(target, source, count, past_cache, wanted, state);
-    if (state)
-        wanted->hasher->release(state);
-    if (code)
+    if (copy_guarded(target, source, count, past_cache, wanted))
         return -1;
     /* What lies after the end of a file that was cut within a page reads as zeros. */
     return fstat(fd, &facts) || (uint64_t)facts.st_size < end ? -1 : 0;
@@ -306,9 +249,9 @@ int xferd_read_mapped(int fd, uint64_t base, const struct iovec *spans, size_t c
 int xferd_write_summing(int fd, const struct iovec *spans, size_t count, const struct iovec *memory,
                         const struct summing *wanted, const volatile int *stop)
 {
-    struct passing passing = {wanted, wanted->hasher->create(), 0, 0};
+    struct passing passing = {.wanted = wanted};
     size_t used = 0; /* of the row of memory at hand */
-    int code = passing.state ? 0 : -1;
+    int code = 0;
 
     for (const struct iovec *span = spans; !code && span < spans + count; span++) {
         uint64_t position = (uint64_t)span->iov_base, end = position + span->iov_len;
@@ -334,8 +277,6 @@ int xferd_write_summing(int fd, const struct iovec *spans, size_t count, const s
             position += filled;
         }
     }
-    if (passing.state)
-        wanted->hasher->release(passing.state);
     return code;
 }
 

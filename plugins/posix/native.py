@@ -32,7 +32,7 @@ class Summing(ctypes.Structure):
     """``struct summing``: which blocks of a stream of bytes are summed, and by what."""
 
     _fields_ = (
-        ("hasher", ctypes.c_void_p),
+        ("whole", ctypes.c_void_p),
         ("begin", ctypes.c_void_p),
         ("stop", ctypes.c_void_p),
         ("count", ctypes.c_size_t),
@@ -47,7 +47,7 @@ class Native:
     Attributes:
         guard: take SIGBUS over for the process; 0, or -1. Not thread-safe, again is fine.
         read_mapped: see ``xferd_read_mapped``.
-        sum_pieces: see ``xferd_sum_pieces``: a ``Summing``, rows of memory; 0, or -1.
+        sum_pieces: see ``xferd_sum_pieces``: a ``Summing``, rows of memory; 0.
         write_summing: see ``xferd_write_summing``: a ``Summing``; 0, or -1 where calls have to write all of it again.
         run_ring: see ``xferd_run_ring``: queue, requests, their number, results, batch, stop, under way.
     """

@@ -27,39 +27,26 @@ if TYPE_CHECKING:
     from xferd.plugins.base import IovTable
     from xferd.plugins.posix.native import Native
 
-_SUFFIXES = ("_dispatch", "")
-"""The functions that choose by the processor at run time come first: the plain ones are compiled for the oldest."""
+_NAMES = "XXH3_64bits_dispatch", "XXH3_64bits"
+"""The one that chooses by the processor at run time comes first: the plain one is compiled for the oldest."""
 
 _SYSTEM_LIBRARY = "libxxhash.so.0"
 
-_PROBES = 1, 17, 240, 241, 5000
+_PROBES = 1, 17, 240, 241, 1024, 1025, 1100, 5000
 """Sizes that go different ways through xxh3."""
-
-
-class Hasher(ctypes.Structure):
-    """``struct hasher``: addresses of functions of a library, which is kept loaded for good."""
-
-    _fields_ = (
-        ("create", ctypes.c_void_p),
-        ("release", ctypes.c_void_p),
-        ("reset", ctypes.c_void_p),
-        ("update", ctypes.c_void_p),
-        ("digest", ctypes.c_void_p),
-        ("whole", ctypes.c_void_p),
-    )
 
 
 @dataclass(frozen=True, slots=True)
 class Summer:
-    """What sums in C."""
+    """What sums in C; ``whole`` is the address of a function of a library, which is kept loaded for good."""
 
     compiled: Native
-    hasher: Hasher
+    whole: int
 
     def wish(self, sums: BlockSums) -> Summing:
         """Return what C fills ``sums.values`` by; both must outlive its use."""
         return Summing(
-            ctypes.addressof(self.hasher),
+            self.whole,
             sums.begin.ctypes.data,
             sums.stop.ctypes.data,
             len(sums.begin),
@@ -78,10 +65,10 @@ class Summer:
         sums.is_known[:] = True
         return True
 
-    def sum_memory(self, sums: BlockSums, memory: IovTable) -> bool:
-        """Sum blocks of what lies in memory rows of this process, which stay in place; False where it cannot be."""
+    def sum_memory(self, sums: BlockSums, memory: IovTable) -> None:
+        """Sum blocks of what lies in memory rows of this process, which stay in place meanwhile."""
         rows = np.ascontiguousarray(memory)
-        return not self.compiled.sum_pieces(ctypes.byref(self.wish(sums)), rows.ctypes.data)
+        self.compiled.sum_pieces(ctypes.byref(self.wish(sums)), rows.ctypes.data)
 
 
 def sum_memory(sums: BlockSums, memory: IovTable, summer: Summer | None) -> None:
@@ -91,7 +78,9 @@ def sum_memory(sums: BlockSums, memory: IovTable, summer: Summer | None) -> None
     """
     missing = ~sums.is_known
     rest = BlockSums.of(sums.begin[missing], sums.stop[missing])
-    if summer is None or not summer.sum_memory(rest, memory):
+    if summer is not None:
+        summer.sum_memory(rest, memory)
+    else:
         rest.values[:] = _sums_by_calls(rest.begin, rest.stop, memory)
     sums.values[missing] = rest.values
     sums.is_known[:] = True
@@ -108,30 +97,19 @@ def load() -> Summer | None:
         if name is None:
             continue
         try:
-            hasher = _hasher(ctypes.CDLL(name))
+            whole = _whole(ctypes.CDLL(name))
         except (OSError, AttributeError):  # no such library, or without these functions
             continue
-        found = Summer(compiled, hasher)
+        found = Summer(compiled, whole)
         if _is_right(found):
             return found
     return None
 
 
-def _hasher(library: ctypes.CDLL) -> Hasher:
-    def address(name: str) -> int | None:
-        return ctypes.cast(library[name], ctypes.c_void_p).value
-
-    def best(name: str) -> int | None:
-        return next(address(name + suffix) for suffix in _SUFFIXES if hasattr(library, name + suffix))
-
-    return Hasher(
-        address("XXH3_createState"),
-        address("XXH3_freeState"),
-        address("XXH3_64bits_reset"),
-        best("XXH3_64bits_update"),
-        address("XXH3_64bits_digest"),
-        best("XXH3_64bits"),
-    )
+def _whole(library: ctypes.CDLL) -> int:
+    """Return the address of ``XXH3_64bits``, or raise AttributeError."""
+    name = next((name for name in _NAMES if hasattr(library, name)), _NAMES[-1])
+    return ctypes.cast(library[name], ctypes.c_void_p).value or 0
 
 
 def _is_right(summer: Summer) -> bool:
@@ -142,7 +120,8 @@ def _is_right(summer: Summer) -> bool:
         for cut in (size, size // 2):
             rows = np.concatenate([iov_of(part.data) for part in (data[:cut], data[cut:]) if len(part)])
             sums = BlockSums.of(np.zeros(1, np.int64), np.array([size], np.int64))
-            if not summer.sum_memory(sums, rows) or int(sums.values[0]) != wanted:
+            summer.sum_memory(sums, rows)
+            if int(sums.values[0]) != wanted:
                 return False
     return True
 
