@@ -226,9 +226,9 @@ def send_all(sock_fd: int, source: IovTable, *, more: bool = False, turn_nbytes:
     """Send a table's bytes on a blocking stream socket; returns their number, all of them.
 
     To break it off from another thread, shut the socket down. A socket with a send timeout (``SO_SNDTIMEO``) is looked
-    at each time that it took nothing for so long: where the other side has hung up, it never will. ``more`` says that something follows at once: what does
-    not fill a packet then waits for it, so that the other side is woken once (``MSG_MORE``). ``turn_nbytes`` is the
-    most that one call moves; see ``turns``.
+    at each time that it took nothing for so long: where the other side has hung up, it never will. ``more`` says that
+    something follows at once: what does not fill a packet then waits for it, so that the other side is woken once
+    (``MSG_MORE``). ``turn_nbytes`` is the most that one call moves; see ``turns``.
 
     Raises:
         PeerLost: the connection broke; part of the bytes may have arrived.

@@ -16,7 +16,7 @@ from xferd.daemon.storage.touching import by_extent, is_one_run
 from xferd.plugins.base import BlockSums
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
@@ -122,57 +122,6 @@ class Awaited:
         values[self._order] = self.sums.values
         borders = np.cumsum([len(each.numbers) for each in self.chunk.whole])[:-1]
         return np.split(values, borders) if self.chunk.whole else []
-
-
-class Arriving:
-    """Blocks that a leg reads whole, in the order of their bytes, and the sums of those that have arrived."""
-
-    def __init__(self, leg: Passed) -> None:
-        self._whole = leg.whole
-        begin = np.concatenate([each.begin for each in leg.whole] or [np.empty(0, np.int64)])
-        end = np.concatenate([each.end for each in leg.whole] or [np.empty(0, np.int64)])
-        self._order = np.argsort(begin, kind="stable")
-        self._begin, self._end = begin[self._order], end[self._order]
-        self._values = np.zeros(len(begin), np.uint64)
-        self._has_arrived = np.zeros(len(begin), np.bool_)
-
-    def chunk(self, start: int, stop: int) -> ArrivingChunk | None:
-        """Return the blocks within a span of the leg's bytes; None where there are none."""
-        first = int(self._begin.searchsorted(start))
-        last = int(self._end.searchsorted(stop, side="right"))
-        if first >= last:
-            return None
-        sums = BlockSums.of(self._begin[first:last] - start, self._end[first:last] - start)
-        return ArrivingChunk(self, slice(first, last), sums)
-
-    def note(self, blocks: slice, values: NDArray[np.uint64]) -> None:
-        """Take down the sums of a chunk that has arrived; one that came twice counts as it came last."""
-        self._values[blocks] = values
-        self._has_arrived[blocks] = True
-
-    def by_extent(self) -> Iterator[tuple[WholeBlocks, NDArray[np.uint64]]]:
-        """Yield the blocks that have arrived, with their sums."""
-        values, has_arrived = np.empty_like(self._values), np.empty_like(self._has_arrived)
-        values[self._order], has_arrived[self._order] = self._values, self._has_arrived
-        at = 0
-        for extent, *columns in self._whole:
-            part = slice(at, at + len(columns[0]))
-            at = part.stop
-            came = has_arrived[part]
-            yield WholeBlocks(extent, *(column[came] for column in columns)), values[part][came]
-
-
-@dataclass(frozen=True, slots=True)
-class ArrivingChunk:
-    """A chunk's share of ``Arriving``: which of its blocks; ``sums`` may be filled in by a backend."""
-
-    leg: Arriving
-    blocks: slice
-    sums: BlockSums
-
-    def note(self) -> None:
-        """Be told that the chunk has arrived, and that all sums are known."""
-        self.leg.note(self.blocks, self.sums.values)
 
 
 class _Runs(NamedTuple):

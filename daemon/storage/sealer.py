@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from xferd.api.errors import XferdError
-from xferd.daemon.storage.passing import Arriving, ArrivingChunk, Awaited, covered, is_summable, passed
+from xferd.daemon.storage.passing import Awaited, is_summable, passed
+from xferd.daemon.storage.reading import Arriving, ArrivingChunk, ReadLegs
 from xferd.plugins.base import FileSpace, MappedSpace
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from xferd.daemon.storage.pool import StoragePool
     from xferd.daemon.storage.sealing import Sealing, Writing
     from xferd.daemon.storage.touching import BlockSpan, ExtentIndex
-    from xferd.plugins.base import BlockSums, Extent, IovTable
+    from xferd.plugins.base import BlockSums, Extent
 
 
 _T = TypeVar("_T")
@@ -72,6 +73,7 @@ class StorageSealer:
 
     def __init__(self) -> None:
         self._places: dict[int, _SlabPlace] = {}
+        self._legs = ReadLegs()
 
     def add(self, pool: StoragePool) -> None:
         """Take a pool in; its slabs stay open for as long as the daemon runs."""
@@ -151,8 +153,7 @@ class StorageSealer:
         place = self._place(leg)
         if place is None or not any(sealing is place.sealing for sealing, _ in ticket.reading):
             return None
-        blocks = Arriving(covered(place.extents.touched(leg.iov), leg.iov))
-        made = ticket.legs[id(leg)] = _ReadLeg(leg, place.sealing, blocks)
+        made = ticket.legs[id(leg)] = _ReadLeg(leg, place.sealing, Arriving(self._legs.of(leg, place.extents)))
         return made
 
     async def arrived(self, ticket: ReadTicket, chunk: AwaitedSums, source: Extent, target: Extent) -> None:
@@ -197,15 +198,19 @@ class StorageSealer:
 
     def _touched(self, extents: Sequence[Extent]) -> dict[tuple[StoragePool, Sealing], list[BlockSpan]]:
         """Return the blocks that extents touch, each once, by volume."""
-        tables: dict[int, list[IovTable]] = {}
+        by_slab: dict[int, list[Extent]] = {}
         for extent in extents:
             if isinstance(extent.space, FileSpace) and extent.space.fd in self._places:
-                tables.setdefault(extent.space.fd, []).append(extent.iov)
+                by_slab.setdefault(extent.space.fd, []).append(extent)
         touched: dict[tuple[StoragePool, Sealing], list[BlockSpan]] = {}
-        for fd, iovs in tables.items():
-            place = self._places[fd]
-            found = place.extents.touched(iovs[0] if len(iovs) == 1 else np.concatenate(iovs))
-            touched.setdefault((place.pool, place.sealing), []).extend(found)
+        for fd, each in by_slab.items():
+            pool, sealing, index = self._places[fd]
+            spans: Sequence[BlockSpan]
+            if len(each) == 1:
+                spans = self._legs.of(each[0], index).spans
+            else:
+                spans = index.touched(np.concatenate([extent.iov for extent in each]))
+            touched.setdefault((pool, sealing), []).extend(spans)
         return touched
 
 

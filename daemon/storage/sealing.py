@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from xferd.daemon.storage.catalogue import Extent
-    from xferd.daemon.storage.passing import Arriving, Passed
+    from xferd.daemon.storage.passing import Passed
+    from xferd.daemon.storage.reading import Arriving
     from xferd.daemon.storage.volume import Volume
     from xferd.plugins.base import BlockSums, IovTable
 

@@ -25,9 +25,10 @@ class BlockSpan(NamedTuple):
 
 
 class ExtentIndex:
-    """The extents of one slab by position."""
+    """The extents of one slab by position. ``version`` is another one whenever they are."""
 
     def __init__(self) -> None:
+        self.version = 0
         self._extents: dict[int, Extent] = {}
         self._columns: _Columns | None = None
 
@@ -38,12 +39,14 @@ class ExtentIndex:
         """Take extents in."""
         self._extents.update((extent.offset, extent) for extent in extents)
         self._columns = None
+        self.version += 1
 
     def remove(self, extents: Iterable[Extent]) -> None:
         """Take extents out."""
         for extent in extents:
             del self._extents[extent.offset]
         self._columns = None
+        self.version += 1
 
     def touched(self, iov: IovTable) -> list[BlockSpan]:
         """Return the blocks that (position, nbytes) rows touch, merged and in order of position.

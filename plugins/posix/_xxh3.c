@@ -103,7 +103,7 @@ static void sum_units_anywhere(uint64_t *lanes, const char *from, char *to, size
     }
 }
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(XFERD_ANY_PROCESSOR)
 #include <immintrin.h>
 
 #define WIDE __attribute__((target("avx2")))

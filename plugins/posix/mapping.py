@@ -5,10 +5,9 @@ the thread that copies, and the bytes are read again by calls, which can say wha
 is out of the ordinary is left to calls: files that are not sure to be in the cache, file systems of other machines,
 anything but regular files.
 
-Blocks that are to be summed are summed on the way, 4 KiB at a time: from a copy of what was stored to the target, made
-by the same loads, and not from the page. So a page that changes meanwhile (a transfer writes to it; the disk's bytes
-are read anew; somebody else writes to the file) changes what arrives and what is summed alike. What happens to the
-target afterwards is not seen.
+Blocks that are to be summed are summed on the way: what is stored to the target and what is summed are the same loads.
+So a page that changes meanwhile (a transfer writes to it; the disk's bytes are read anew; somebody else writes to the
+file) changes what arrives and what is summed alike. What happens to the target afterwards is not seen.
 
 A mapping is kept for a moment after its last use, because its first pages cost as much as copying them. It holds on to
 the file (also to one that is deleted, and to its mount), and so it has an end: ``IDLE_S``.

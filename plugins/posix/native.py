@@ -63,9 +63,12 @@ class Native:
 def load() -> Native | None:
     """Return what was compiled, or None."""
     spec = find_spec("xferd.plugins.posix._native")  # not imported: it is a library of C, not a module
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin, use_errno=True)
+    return None if spec is None or spec.origin is None else load_from(spec.origin)
+
+
+def load_from(path: str) -> Native:
+    """Return what was compiled to a library elsewhere."""
+    library = ctypes.CDLL(path, use_errno=True)
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     library.xferd_guard.argtypes = []
     position = ctypes.c_uint64

@@ -1,8 +1,9 @@
-"""The C functions of xxh3, so that ``_native.c`` can sum what it copies while it is in the processor's cache.
+"""Sums of blocks by xxh3, in C where that is possible: while bytes are copied, or from memory.
 
-The extension module of the package ``xxhash`` carries libxxhash, and exports it on most platforms, which nobody
-promises; where it does not, the system's library is looked for. What is found must give the sums that the package
-gives. Without any of it, sums are made by calls of the package, after the bytes have moved.
+``_xxh3.c`` sums what is longer than 1 KiB and comes in parts or is copied meanwhile; all else is left to libxxhash. The
+extension module of the package ``xxhash`` carries that, and exports it on most platforms, which nobody promises; where
+it does not, the system's library is looked for. Both together must give the sums that the package gives. Without any of
+it, sums are made by calls of the package, after the bytes have moved.
 """
 
 from __future__ import annotations
