@@ -233,6 +233,16 @@ class Batch(Begun):
             results.append(end[0])
         return results
 
+    def outcome(self) -> int | Exception:
+        """Return the sum of what the calls returned, or the error of the first of those that failed."""
+        try:
+            total: int = sum(self.results())
+        except asyncio.CancelledError:
+            return Cancelled("the chunk was stopped before all of it had moved")
+        except Exception as error:  # noqa: BLE001  # told, not swallowed
+            return error
+        return total
+
     def take_all(self) -> int:
         """Take the calls that have not begun, and return how many."""
         taken = 0

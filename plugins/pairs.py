@@ -1,7 +1,6 @@
 """What a backend has made of a pair of lists, kept for as long as both are: for transfers that are posted again.
 
-Plans keep their lists, so the next post has the same two objects. Parts that are cut for one chunk are new ones each
-time, and are never met again.
+Plans keep their lists, so the next post has the same two objects; from the second post on those of their chunks, too.
 """
 
 from __future__ import annotations

@@ -242,9 +242,10 @@ def send_all(sock_fd: int, source: IovTable, *, more: bool = False, turn_nbytes:
 def recv_all(sock_fd: int, target: IovTable, *, turn_nbytes: int = MAX_CALL_NBYTES) -> int:
     """Fill a table from a blocking stream socket; returns the bytes received, all of them.
 
-    ``MSG_WAITALL`` makes the kernel fill up to 1024 rows in one call: that the stream comes in small pieces costs
-    no trips through the interpreter. To break it off from another thread, shut the socket down. ``turn_nbytes`` is
-    the most that one call moves; see ``turns``.
+    A socket with a receive timeout (``SO_RCVTIMEO``) is given up when that runs out. ``MSG_WAITALL`` makes the kernel
+    fill up to 1024 rows in one call: that the stream comes in small pieces costs no trips through the interpreter. To
+    break it off from another thread, shut the socket down. ``turn_nbytes`` is the most that one call moves; see
+    ``turns``.
 
     Raises:
         PeerLost: the connection broke or ended before; part of the bytes may be in place.
@@ -300,7 +301,9 @@ def _stream(
             moved = call(sock_fd, ctypes.byref(message), last_flags if done + size == want else flags)
             if moved <= 0:
                 code = ctypes.get_errno() if moved < 0 else 0
-                if code == errno.EINTR or (code == errno.EAGAIN and not has_hung_up(sock_fd)):
+                if code == errno.EINTR:
+                    continue
+                if code == errno.EAGAIN and call is _sendmsg and not has_hung_up(sock_fd):
                     continue
                 raise _socket_failed("sendmsg" if call is _sendmsg else "recvmsg", code, done, want)
             done += moved
@@ -459,7 +462,7 @@ def _socket_failed(call: str, code: int, done: int, want: int) -> XferdError:
         return call_failed(call, code, done, want)
     if code == 0:
         return PeerLost(f"the connection ended after {done} of {want} bytes")
-    if code == errno.EAGAIN:
+    if code == errno.EAGAIN and call == "sendmsg":
         return PeerLost(f"the other side has hung up, and takes no more after {done} of {want} bytes")
     failure = PeerLost(f"{call}: {errno.errorcode.get(code, code)} after {done} of {want} bytes")
     failure.__cause__ = OSError(code, os.strerror(code))

@@ -31,14 +31,11 @@ class KeptPlans:
 
         It stays in the book while the transfer is posted again.
         """
-        if transfer.id in self._kept:
-            self._kept.move_to_end(transfer.id)
-            return []
         if transfer.plan is None:
             return []
-        nbytes = transfer.plan.memory_nbytes
+        nbytes = transfer.plan.memory_nbytes  # which grows where it was posted again
+        self._nbytes += nbytes - self._kept.pop(transfer.id, 0)
         self._kept[transfer.id] = nbytes
-        self._nbytes += nbytes
         lost = []
         while self._nbytes > self._max_nbytes and len(self._kept) > 1:
             oldest, freed_nbytes = self._kept.popitem(last=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from xferd.plugins.base import DeviceSpace
@@ -68,11 +68,34 @@ class Leg:
     target: Extent
     cuts: tuple[int, ...]
     routes: tuple[Route, ...]
+    _parts: dict[int, tuple[Extent, Extent]] = field(init=False, repr=False, default_factory=dict)
 
     @property
     def chunks(self) -> int:
         """Number of chunks."""
         return len(self.cuts) - 1
+
+    def part(self, number: int, *, keep: bool) -> tuple[Extent, Extent]:
+        """Return the source and the target of a chunk; those of the leg for one that is all of it.
+
+        With ``keep`` the same two are returned the next time, so that backends know them again. Not to be changed.
+        """
+        if self.chunks == 1:
+            return self.source, self.target
+        part = self._parts.get(number)
+        if part is None:
+            start, stop = self.cuts[number], self.cuts[number + 1]
+            part = self.source.cut(start, stop), self.target.cut(start, stop)
+            if keep:
+                self._parts[number] = part
+        return part
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Size of all tables."""
+        extents = [self.source, self.target, *(extent for part in self._parts.values() for extent in part)]
+        columns = [column for extent in extents for column in (extent.iov, extent.region, extent.ends)]
+        return sum(column.nbytes for column in columns if column is not None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,11 +134,7 @@ class Plan:
     @property
     def memory_nbytes(self) -> int:
         """What keeping the plan costs: the tables of all extents."""
-        return sum(
-            extent.iov.nbytes + sum(0 if column is None else column.nbytes for column in (extent.region, extent.ends))
-            for leg in self.legs
-            for extent in (leg.source, leg.target)
-        )
+        return sum(leg.memory_nbytes for leg in self.legs)
 
 
 class ChunkRef(NamedTuple):

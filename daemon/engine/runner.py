@@ -280,9 +280,8 @@ class Runner:
         transfer = start.transfer
         assert transfer.plan is not None
         leg = transfer.plan.legs[start.chunk.leg]
-        source, target = leg.source, leg.target
-        if leg.chunks > 1:  # else it is the whole leg, whose tables backends may know from the last post
-            source, target = source.cut(start.start, start.stop), target.cut(start.start, start.stop)
+        # One that is posted again is likely to be posted often.
+        source, target = leg.part(start.chunk.number, keep=transfer.posts > 1)
         nbytes = start.stop - start.start
         return Chunk(
             source,

@@ -118,7 +118,7 @@ class StorageSealer:
         if place is None or not isinstance(source.space, MappedSpace):
             return None
         assert isinstance(ticket, StorageTicket)
-        chunk = Awaited(passed(place.extents.touched(target.iov), target.iov, source.iov))
+        chunk = Awaited(passed(self._legs.of(target, place.extents).spans, target.iov, source.iov))
         return LeavingChunk(place.sealing, chunk, chunk.sums if place.sealing.has_checksums else None)
 
     async def left(self, ticket: WriteTicket, chunk: AwaitedSums, source: Extent) -> None:

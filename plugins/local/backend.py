@@ -7,7 +7,6 @@ another process. Two private memories have no direct way; the planner stages the
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import itertools
 from typing import TYPE_CHECKING, ClassVar
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from xferd.api.errors import Cancelled, Unsupported
+from xferd.api.errors import Unsupported
 from xferd.plugins import vectored
 from xferd.plugins.base import Backend, Extent, MappedSpace, ProcessSpace, SpaceKind
 from xferd.plugins.begun import told
@@ -183,12 +182,6 @@ class LocalBackend(Backend):
                 )
 
     def _ended(self, nbytes: int, done: Callable[[int | Exception], None], batch: Batch) -> None:
-        outcome: int | Exception
-        try:
-            outcome = sum(batch.results())
-        except asyncio.CancelledError:
-            outcome = Cancelled("the chunk was stopped before all of it had moved")
-        except Exception as error:  # noqa: BLE001  # told, not swallowed
-            outcome = error
+        outcome = batch.outcome()
         self._counter.ended(nbytes, outcome)
         done(outcome)

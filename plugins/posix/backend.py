@@ -15,8 +15,10 @@ import structlog
 
 from xferd.api.errors import Closed, Unsupported
 from xferd.plugins.base import Backend, FileSpace, MappedSpace, SpaceKind
+from xferd.plugins.begun import told
 from xferd.plugins.flushing import FlushedLeg
 from xferd.plugins.movers import MoveCounter, MoverPool
+from xferd.plugins.pairs import ByPair
 from xferd.plugins.posix import mapping, native, ring
 from xferd.plugins.posix.direct import BounceMemory, DirectPolicy
 from xferd.plugins.posix.engines import Calls, Engine, Rings, Stop
@@ -28,7 +30,8 @@ from xferd.plugins.vectored import flush_file
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from xferd.plugins.base import BackendStatistics, BlockSums, Chunk, Extent, LegScope, OpenLeg, Space
+    from xferd.plugins.base import BackendStatistics, Begun, BlockSums, Chunk, Extent, LegScope, OpenLeg, Space
+    from xferd.plugins.movers import Batch
     from xferd.plugins.posix.native import Native
 
 # Assumed of the page cache, by calls, until chunks were timed. A disk is slower; the engine learns that from the first
@@ -66,6 +69,7 @@ class PosixBackend(Backend):
         self._sweep_due: asyncio.TimerHandle | None = None
         self._sweep: asyncio.Task[None] | None = None
         self._mover = self._make_mover()
+        self._kept: ByPair[tuple[list[tuple[int, int]], list[tuple[Extent, Extent]]]] = ByPair()
 
     async def start(self) -> None:
         """Choose how requests reach the kernel; threads start when first needed.
@@ -131,6 +135,13 @@ class PosixBackend(Backend):
         """
         return 2 * self._options.movers
 
+    def begin(self, chunk: Chunk, done: Callable[[int | Exception], None]) -> Begun | None:
+        """Begin to read or write one chunk; see ``Backend.begin``. None where it is to be on the disk at its end.
+
+        Told are the errors of ``move``.
+        """
+        return None if self._must_flush(chunk.target.space) else self._begin(chunk, done)
+
     async def move(self, chunk: Chunk) -> int:
         """Read or write one chunk; a cancelled call has nothing under way when this raises.
 
@@ -140,11 +151,11 @@ class PosixBackend(Backend):
             ShortTransfer: the file ends before the chunk does.
             MoveFailed: the system refused, for example ENOSPC or EIO; ``__cause__`` is the OSError.
         """
-        with self._counter.moving(chunk.nbytes):
-            moved = await self._move(chunk)
-            if isinstance(chunk.target.space, FileSpace) and self._flushes_all:
-                await self._movers.run(flush_file, chunk.target.space.fd, chunk.target.space.path)
-            return moved
+        space = chunk.target.space
+        moved = await self._move_loosely(chunk)
+        if isinstance(space, FileSpace) and self._must_flush(space):
+            await self._movers.run(flush_file, space.fd, space.path)
+        return moved
 
     def can_flush(self) -> bool:
         """It can."""
@@ -152,7 +163,7 @@ class PosixBackend(Backend):
 
     def needs_leg(self, target: Space, *, durable: bool) -> bool:
         """Return whether a file is written that must be on the disk at the end."""
-        return isinstance(target, FileSpace) and (durable or self._flushes_all)
+        return isinstance(target, FileSpace) and (durable or self._must_flush(target))
 
     async def open_leg(self, scope: LegScope) -> OpenLeg:
         """Begin a leg whose file is put on the disk once, at its end."""
@@ -164,25 +175,29 @@ class PosixBackend(Backend):
         """Return counters since start."""
         return self._counter.snapshot(2 * self._options.movers)
 
-    @property
-    def _flushes_all(self) -> bool:
-        return self._options.fsync == "data"
+    def _must_flush(self, target: Space) -> bool:
+        return isinstance(target, FileSpace) and self._options.fsync == "data"
 
     async def _move_loosely(self, chunk: Chunk) -> int:
         """Move one chunk as ``move`` does, and leave it to the leg to flush."""
-        with self._counter.moving(chunk.nbytes):
-            return await self._move(chunk)
+        return await told(functools.partial(self._begin, chunk))
 
     def _make_mover(self) -> FileMover:
         return FileMover(self._engine, self._policy, self._bounce, self._options.piece_nbytes, self._mappings)
 
-    async def _move(self, chunk: Chunk) -> int:
+    def _begin(self, chunk: Chunk, done: Callable[[int | Exception], None]) -> Begun:
         stop = Stop()
         calls = [self._call(*part, stop) for part in self._parts(chunk)]
-        try:
-            return sum(await self._movers.run_all(calls, on_cancel=stop.set))
-        finally:
-            self._expect_sweep()
+        batch = self._movers.begin(calls, functools.partial(self._ended, chunk.nbytes, done))
+        batch.on_abort = stop.set
+        self._counter.busy += 1
+        return batch
+
+    def _ended(self, nbytes: int, done: Callable[[int | Exception], None], batch: Batch) -> None:
+        self._expect_sweep()
+        outcome = batch.outcome()
+        self._counter.ended(nbytes, outcome)
+        done(outcome)
 
     def _expect_sweep(self) -> None:
         """See to it that mappings that nobody uses any more go."""
@@ -220,10 +235,12 @@ class PosixBackend(Backend):
         marks = [nbytes * number // count // PART_ALIGNMENT * PART_ALIGNMENT for number in range(count)]
         if sums is not None:
             marks = sorted({_between(sums, mark) for mark in marks})
-        return [
-            (source.cut(*span), target.cut(*span), sums and sums.cut(*span))
-            for span in itertools.pairwise([*marks, nbytes])
-        ]
+        spans = list(itertools.pairwise([*marks, nbytes]))
+        kept = self._kept.get(source, target)
+        if kept is None or kept[0] != spans:
+            kept = spans, [(source.cut(*span), target.cut(*span)) for span in spans]
+            self._kept.put(source, target, kept)
+        return [(*part, sums and sums.cut(*span)) for span, part in zip(*kept, strict=True)]
 
     def _is_shared(self, source: Space, target: Space) -> bool:
         has_ring = isinstance(self._engine, Rings)

@@ -57,3 +57,19 @@ def test_the_last_one_is_kept_whatever_its_size_and_a_forgotten_one_makes_room()
     kept.drop(a.id)
     assert kept.keep(b) == []
     assert KeptPlans(book, 0).keep(a) == []
+
+
+def test_a_plan_that_has_grown_takes_the_room_of_others() -> None:
+    book: dict[TransferId, Transfer] = {}
+    kept = KeptPlans(book, 4 * PLAN_NBYTES)
+    a, b = ended(book, "a"), transfer(plan((2, (route("r"),))), "b")
+    book[b.id] = b
+    b.state = TransferState.DONE
+    assert b.plan is not None
+    assert kept.keep(a) == kept.keep(b) == []
+    for number in range(2):
+        b.plan.legs[0].part(number, keep=True)
+    assert kept.keep(b) == []  # three times its size, and one of the other
+    assert kept.keep(ended(book, "c")) == ["a"]
+    kept.drop("b")
+    assert kept.keep(ended(book, "d")) == []

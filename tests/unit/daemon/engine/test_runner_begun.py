@@ -238,3 +238,27 @@ async def test_leaving_waits_until_what_was_begun_has_come_to_rest() -> None:
     assert started.aborts == 1
     assert t.state is TransferState.CANCELLED
     rig.check_nothing_left()
+
+
+async def test_chunks_of_what_is_posted_often_are_the_same_lists_from_the_second_post_on(rig: Rig) -> None:
+    """Backends know them again then; what is posted once holds on to nothing."""
+    rig.mover.has_begin = False
+    t = rig.post(2)
+    await rig.runner.ends.wait([t], 10.0)
+    table_nbytes = t.plan.memory_nbytes
+    for _ in range(2):
+        rig.runner.post(t)
+        await rig.runner.ends.wait([t], 10.0)
+    first, second, third = (rig.mover.moved[at : at + 2] for at in (0, 2, 4))
+    for a, b, c in zip(first, second, third, strict=True):
+        assert a.source.iov.tolist() == b.source.iov.tolist() == c.source.iov.tolist()
+        assert a.source is not b.source
+        assert (b.source, b.target) == (c.source, c.target)
+    assert t.plan.memory_nbytes == 3 * table_nbytes
+
+
+async def test_a_chunk_that_is_all_of_a_leg_is_the_legs_lists(rig: Rig) -> None:
+    rig.mover.has_begin = False
+    t = rig.post(1)
+    await rig.runner.ends.wait([t], 10.0)
+    assert (rig.mover.moved[0].source, rig.mover.moved[0].target) == (t.plan.legs[0].source, t.plan.legs[0].target)
