@@ -1,99 +1,32 @@
-"""Blocks that a leg reads, and their sums as chunks bring them: what is the same each time it is posted is kept.
-
-A prepared transfer is posted again and again, and to look up which blocks its rows touch and cover costs as much event
-loop as moving a chunk does.
-"""
+"""Sums of the blocks that a leg reads, as its chunks bring them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xferd.daemon.storage.passing import WholeBlocks, covered
+from xferd.daemon.storage.passing import WholeBlocks
 from xferd.plugins.base import BlockSums
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from xferd.daemon.storage.touching import BlockSpan, ExtentIndex
-    from xferd.plugins.base import Extent, IovTable
-
-
-class _Part(NamedTuple):
-    """Blocks that lie in a chunk as a whole: which of the leg's, and where they begin and end in the chunk."""
-
-    blocks: slice
-    begin: NDArray[np.int64]
-    stop: NDArray[np.int64]
-
-
-class ReadLeg:
-    """What a leg reads of one slab: the blocks that it touches, and those that it covers, in the order of their bytes.
-
-    Attributes:
-        spans: the blocks that it touches.
-        whole: those that it covers, by extent.
-        order: which of ``whole``'s, taken together, come one after the other in the leg's bytes.
-    """
-
-    def __init__(self, file: IovTable, spans: Sequence[BlockSpan]) -> None:
-        self.spans = tuple(spans)
-        self._file = file
-        self._parts: dict[tuple[int, int], _Part | None] = {}
-        self._begin: NDArray[np.int64] | None = None
-
-    def lay_out(self) -> None:
-        """Find out which blocks are covered; again is free. Not before it is wanted: a write never does."""
-        if self._begin is not None:
-            return
-        self.whole = covered(self.spans, self._file).whole
-        begin = np.concatenate([each.begin for each in self.whole] or [np.empty(0, np.int64)])
-        end = np.concatenate([each.end for each in self.whole] or [np.empty(0, np.int64)])
-        self.order = np.argsort(begin, kind="stable")
-        self._begin, self._end = begin[self.order], end[self.order]
-
-    def part(self, start: int, stop: int) -> _Part | None:
-        """Return the blocks that lie in a span of the leg's bytes; None where there are none. Once it is laid out."""
-        if (start, stop) not in self._parts:
-            assert self._begin is not None
-            first = int(self._begin.searchsorted(start))
-            last = int(self._end.searchsorted(stop, side="right"))
-            blocks = slice(first, last)
-            found = _Part(blocks, self._begin[blocks] - start, self._end[blocks] - start)
-            self._parts[start, stop] = found if first < last else None
-        return self._parts[start, stop]
-
-
-class ReadLegs:
-    """The legs of plans that are still held, by what they read. Used on the event loop."""
-
-    def __init__(self) -> None:
-        self._known: WeakKeyDictionary[Extent, tuple[ExtentIndex, int, ReadLeg]] = WeakKeyDictionary()
-
-    def of(self, source: Extent, index: ExtentIndex) -> ReadLeg:
-        """Return what ``source`` reads of the slab that ``index`` is of, as its extents are now."""
-        known = self._known.get(source)
-        if known is not None and known[0] is index and known[1] == index.version:
-            return known[2]
-        leg = ReadLeg(source.iov, index.touched(source.iov))
-        self._known[source] = index, index.version, leg
-        return leg
+    from xferd.daemon.storage.footprints import Footprint
 
 
 class Arriving:
     """The sums of blocks that one post of a leg reads whole, as far as they have arrived."""
 
-    def __init__(self, leg: ReadLeg) -> None:
-        leg.lay_out()
+    def __init__(self, leg: Footprint) -> None:
         self._leg = leg
-        self._values = np.zeros(len(leg.order), np.uint64)
-        self._is_known = np.zeros(len(leg.order), np.bool_)
-        self._has_arrived = np.zeros(len(leg.order), np.bool_)
+        count = len(leg.covered.begin)
+        self._values = np.zeros(count, np.uint64)
+        self._is_known = np.zeros(count, np.bool_)
+        self._has_arrived = np.zeros(count, np.bool_)
 
     def chunk(self, start: int, stop: int) -> ArrivingChunk | None:
         """Return the blocks within a span of the leg's bytes; None where there are none.
@@ -105,7 +38,7 @@ class Arriving:
             return None
         is_known = self._is_known[part.blocks]
         is_known[:] = False
-        return ArrivingChunk(self, part.blocks, BlockSums(part.begin, part.stop, self._values[part.blocks], is_known))
+        return ArrivingChunk(self, part.blocks, BlockSums(part.begin, part.end, self._values[part.blocks], is_known))
 
     def note(self, blocks: slice) -> None:
         """Be told that a chunk has arrived."""
@@ -114,9 +47,10 @@ class Arriving:
     def by_extent(self) -> Iterator[tuple[WholeBlocks, NDArray[np.uint64]]]:
         """Yield the blocks that have arrived, with their sums."""
         values, has_arrived = np.empty_like(self._values), np.empty_like(self._has_arrived)
-        values[self._leg.order], has_arrived[self._leg.order] = self._values, self._has_arrived
+        whole, order, _, _ = self._leg.covered
+        values[order], has_arrived[order] = self._values, self._has_arrived
         at = 0
-        for extent, *columns in self._leg.whole:
+        for extent, *columns in whole:
             part = slice(at, at + len(columns[0]))
             at = part.stop
             came = has_arrived[part]

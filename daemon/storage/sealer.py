@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from xferd.api.errors import XferdError
+from xferd.daemon.storage.footprints import Footprints
 from xferd.daemon.storage.passing import Awaited, is_summable, passed
-from xferd.daemon.storage.reading import Arriving, ArrivingChunk, ReadLegs
+from xferd.daemon.storage.reading import Arriving, ArrivingChunk
 from xferd.plugins.base import FileSpace, MappedSpace
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class StorageSealer:
 
     def __init__(self) -> None:
         self._places: dict[int, _SlabPlace] = {}
-        self._legs = ReadLegs()
+        self._footprints = Footprints()
 
     def add(self, pool: StoragePool) -> None:
         """Take a pool in; its slabs stay open for as long as the daemon runs."""
@@ -118,7 +119,7 @@ class StorageSealer:
         if place is None or not isinstance(source.space, MappedSpace):
             return None
         assert isinstance(ticket, StorageTicket)
-        chunk = Awaited(passed(self._legs.of(target, place.extents).spans, target.iov, source.iov))
+        chunk = Awaited(passed(self._footprints.of(target, place.extents).spans, target.iov, source.iov))
         return LeavingChunk(place.sealing, chunk, chunk.sums if place.sealing.has_checksums else None)
 
     async def left(self, ticket: WriteTicket, chunk: AwaitedSums, source: Extent) -> None:
@@ -153,7 +154,7 @@ class StorageSealer:
         place = self._place(leg)
         if place is None or not any(sealing is place.sealing for sealing, _ in ticket.reading):
             return None
-        made = ticket.legs[id(leg)] = _ReadLeg(leg, place.sealing, Arriving(self._legs.of(leg, place.extents)))
+        made = ticket.legs[id(leg)] = _ReadLeg(leg, place.sealing, Arriving(self._footprints.of(leg, place.extents)))
         return made
 
     async def arrived(self, ticket: ReadTicket, chunk: AwaitedSums, source: Extent, target: Extent) -> None:
@@ -207,7 +208,7 @@ class StorageSealer:
             pool, sealing, index = self._places[fd]
             spans: Sequence[BlockSpan]
             if len(each) == 1:
-                spans = self._legs.of(each[0], index).spans
+                spans = self._footprints.of(each[0], index).spans
             else:
                 spans = index.touched(np.concatenate([extent.iov for extent in each]))
             touched.setdefault((pool, sealing), []).extend(spans)

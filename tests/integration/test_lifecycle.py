@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from cluster import eventually, free_port
 from faces import FACES, Refused, refuses, request, row
+from google.protobuf.message import DecodeError
 
 from xferd.api.descriptors import DescriptorList
 from xferd.api.errors import DeadlineExceeded, PeerLost, Stale, Unavailable, XferdError
@@ -356,9 +357,14 @@ class Proxy:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            far = socket.create_connection(("127.0.0.1", self._target))
-            self._kinds.append(self._kind(near))
+            try:
+                kind = self._kind(near)
+                far = socket.create_connection(("127.0.0.1", self._target))
+            except (OSError, DecodeError):  # the daemon has thought better of it
+                near.close()
+                continue
             self._pairs.append((near, far))
+            self._kinds.append(kind)  # last: by it a pair is found
             for source, target in ((near, far), (far, near)):
                 self._threads.append(threading.Thread(target=self._pass_on, args=(source, target)))
                 self._threads[-1].start()

@@ -16,8 +16,9 @@ from storage_rig import KIB, damage, extent, opened, pattern, span
 from xferd.api.errors import IntegrityError
 from xferd.daemon.storage.catalogue import SUMMED
 from xferd.daemon.storage.checksums import sums_of
+from xferd.daemon.storage.footprints import Footprint, Footprints
 from xferd.daemon.storage.passing import Awaited, covered, passed
-from xferd.daemon.storage.reading import Arriving, ReadLeg, ReadLegs
+from xferd.daemon.storage.reading import Arriving
 from xferd.daemon.storage.touching import BlockSpan, ExtentIndex, spans_of
 from xferd.plugins.base import Extent, MappedSpace
 from xferd.plugins.posix import xxh3
@@ -180,7 +181,7 @@ def test_blocks_of_a_leg_are_known_by_whichever_chunks_bring_them_whole(data):
     file = np.array([[start + offsets[i], pieces[i]] for i in order], dtype=np.uint64)
     stream = np.frombuffer(pattern(1, total), np.uint8)
     leg = covered(index.touched(file), file)
-    arriving = Arriving(ReadLeg(file, index.touched(file)))
+    arriving = Arriving(Footprint(file, index.touched(file)))
     marks = np.cumsum([0, *data.draw(cuts(total))]).tolist()
     chunks = list(itertools.pairwise(marks))
     for begin, stop in [*data.draw(st.permutations(chunks)), chunks[0]]:
@@ -283,20 +284,20 @@ async def test_a_read_that_nobody_wants_compared_has_no_ticket(tmp_path):
         assert rig.sealer.reading([span(made, 0, 4 * KIB)], is_asked=False) is not None
 
 
-async def test_what_a_leg_reads_is_looked_up_once_until_extents_come_or_go(tmp_path):
+async def test_what_a_list_touches_is_looked_up_once_until_extents_come_or_go(tmp_path):
     async with opened(tmp_path) as rig:
         first, second = await rig.allocate(64 * KIB, 64 * KIB)
         index = rig.pool.volumes[0].indexes[0]
-        legs, source = ReadLegs(), span(second, 0, 64 * KIB)
-        known = legs.of(source, index)
+        known_ones, source = Footprints(), span(second, 0, 64 * KIB)
+        known = known_ones.of(source, index)
         assert known.spans == (BlockSpan(second.extent, 0, 16),)
-        assert legs.of(source, index) is known
-        assert legs.of(span(second, 0, 64 * KIB), index) is not known, "another leg, of which nothing is known"
-        assert legs.of(source, ExtentIndex()).spans == ()
+        assert known_ones.of(source, index) is known
+        assert known_ones.of(span(second, 0, 64 * KIB), index) is not known, "another list, of which nothing is known"
+        assert known_ones.of(source, ExtentIndex()).spans == ()
         await rig.free(first)
-        assert legs.of(source, index) is not known
+        assert known_ones.of(source, index) is not known
         await rig.free(second)
-        assert legs.of(source, index).spans == ()
+        assert known_ones.of(source, index).spans == ()
         gone = weakref.ref(source)
         del source
         assert gone() is None, "the plan may go"
