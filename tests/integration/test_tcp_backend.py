@@ -673,12 +673,13 @@ async def test_a_small_lane_that_ends_fails_its_chunk_and_is_dialled_again(make_
 
 
 async def test_a_full_socket_does_not_stop_a_small_write(make_node: MakeNode) -> None:
-    theirs, mine = np.zeros(MIB, dtype=np.uint8), noise(MIB)
+    nbytes = 128 << 10  # many times what the buffers hold, and each time that they are full takes milliseconds
+    theirs, mine = np.zeros(nbytes, dtype=np.uint8), noise(nbytes)
     a, b = await pair_of(make_node, theirs, small="1MiB", sndbuf="4KiB", rcvbuf="4KiB")
-    assert await a.backend.move(chunk(local_extent(mine), remote_extent(b, 0, MIB))) == MIB
+    assert await a.backend.move(chunk(local_extent(mine), remote_extent(b, 0, nbytes))) == nbytes
     np.testing.assert_array_equal(mine, theirs)
     theirs[:] = 0
-    assert await a.backend.move(chunk(remote_extent(b, 0, MIB), local_extent(mine))) == MIB
+    assert await a.backend.move(chunk(remote_extent(b, 0, nbytes), local_extent(mine))) == nbytes
     assert not mine.any()
     assert small_lanes(a, "b") == 1
 
