@@ -100,12 +100,8 @@ class MoverPool:
         [result] = await self.run_all((functools.partial(call, *args, **kwargs),))
         return result
 
-    async def run_all(
-        self, calls: Sequence[Callable[[], T]], *, on_cancel: Callable[[], None] | None = None
-    ) -> list[T]:
+    async def run_all(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Run blocking calls, side by side where threads are free, and return their results in order.
-
-        ``on_cancel`` is called when this is cancelled, before those under way are waited for: to let them end early.
 
         All have ended when this returns or raises; of several errors the first in order is raised. Cancelled as
         with ``run``.
@@ -113,12 +109,8 @@ class MoverPool:
         if not calls and not self._closed:
             return []
 
-        def start(done: Callable[[Batch | Exception], None]) -> Begun:
-            batch = self.begin(calls, done)
-            batch.on_abort = on_cancel
-            return batch
-
-        return (await told(start)).results()
+        results: list[T] = (await told(functools.partial(self.begin, calls))).results()
+        return results
 
     async def aclose(self) -> None:
         """Refuse new calls, wait for those under way, end the threads. Twice is fine.

@@ -374,9 +374,7 @@ def is_quiet(sock: socket.socket) -> bool:
 
 def has_hung_up(sock_fd: int) -> bool:
     """Return whether the other side of a connection will send no more; does not wait, and reads nothing."""
-    poller = select.poll()
-    poller.register(sock_fd, select.POLLRDHUP)
-    return bool(poller.poll(0))
+    return _has_come(sock_fd, select.POLLRDHUP)
 
 
 def read_file_spans(fd: int, spans: IovTable, target: IovTable) -> int:
@@ -421,8 +419,12 @@ def _move_spans(
 
 def has_ended(pidfd: int) -> bool:
     """Return whether the process of a pidfd has ended; does not wait."""
+    return _has_come(pidfd, select.POLLIN)
+
+
+def _has_come(fd: int, event: int) -> bool:
     poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
+    poller.register(fd, event)
     return bool(poller.poll(0))
 
 

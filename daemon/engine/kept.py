@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from xferd.api.types import TransferId
     from xferd.daemon.engine.machine import Transfer
+
+
+class _Kept(NamedTuple):
+    """What a plan took when it was last looked at, with how many chunks' lists."""
+
+    nbytes: int
+    parts: int
+
+
+_NOTHING = _Kept(0, -1)
 
 
 class KeptPlans:
@@ -23,7 +33,7 @@ class KeptPlans:
     def __init__(self, transfers: Mapping[TransferId, Transfer], max_nbytes: int) -> None:
         self._transfers = transfers
         self._max_nbytes = max_nbytes
-        self._kept: OrderedDict[TransferId, int] = OrderedDict()
+        self._kept: OrderedDict[TransferId, _Kept] = OrderedDict()
         self._nbytes = 0
 
     def keep(self, transfer: Transfer) -> list[TransferId]:
@@ -33,13 +43,17 @@ class KeptPlans:
         """
         if transfer.plan is None:
             return []
-        nbytes = transfer.plan.memory_nbytes  # which grows where it was posted again
-        self._nbytes += nbytes - self._kept.pop(transfer.id, 0)
-        self._kept[transfer.id] = nbytes
+        before = self._kept.pop(transfer.id, _NOTHING)
+        parts = transfer.plan.kept_parts
+        if before.parts == parts:  # each post of a small transfer comes by here
+            self._kept[transfer.id] = before
+            return []
+        now = self._kept[transfer.id] = _Kept(transfer.plan.memory_nbytes, parts)
+        self._nbytes += now.nbytes - before.nbytes
         lost = []
         while self._nbytes > self._max_nbytes and len(self._kept) > 1:
-            oldest, freed_nbytes = self._kept.popitem(last=False)
-            self._nbytes -= freed_nbytes
+            oldest, freed = self._kept.popitem(last=False)
+            self._nbytes -= freed.nbytes
             dropped = self._transfers[oldest]
             if not dropped.is_active:  # else it is used now, and kept anew when it ends
                 dropped.plan = dropped.quick = None
@@ -48,4 +62,4 @@ class KeptPlans:
 
     def drop(self, transfer_id: TransferId) -> None:
         """Strike a transfer that is forgotten; fine if it is not in the book."""
-        self._nbytes -= self._kept.pop(transfer_id, 0)
+        self._nbytes -= self._kept.pop(transfer_id, _NOTHING).nbytes

@@ -91,6 +91,11 @@ class Leg:
         return part
 
     @property
+    def kept_parts(self) -> int:
+        """How many chunks' lists are kept."""
+        return len(self._parts)
+
+    @property
     def memory_nbytes(self) -> int:
         """Size of all tables."""
         extents = [self.source, self.target, *(extent for part in self._parts.values() for extent in part)]
@@ -130,6 +135,11 @@ class Plan:
     def considered(self) -> tuple[str, ...]:
         """Every candidate, what is expected of it and why it was chosen or not."""
         return tuple(dict.fromkeys(line for choice in self.choices for line in choice.lines()))
+
+    @property
+    def kept_parts(self) -> int:
+        """How many chunks' lists are kept; as long as they are as many, so is ``memory_nbytes``."""
+        return sum(leg.kept_parts for leg in self.legs)
 
     @property
     def memory_nbytes(self) -> int:

@@ -9,13 +9,12 @@ import functools
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
-from xferd.daemon.storage.passing import WholeBlocks, covered
+from xferd.daemon.storage.passing import WholeBlocks, covered, in_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from xferd.daemon.storage.touching import BlockSpan, ExtentIndex
@@ -58,10 +57,7 @@ class Footprint:
     def covered(self) -> Covered:
         """The blocks that they cover; worked out when it is first wanted, which for most writes is never."""
         whole = covered(self.spans, self._file).whole
-        begin = np.concatenate([each.begin for each in whole] or [np.empty(0, np.int64)])
-        end = np.concatenate([each.end for each in whole] or [np.empty(0, np.int64)])
-        order = np.argsort(begin, kind="stable")
-        return Covered(whole, order, begin[order], end[order])
+        return Covered(whole, *in_order(whole))
 
     def part(self, start: int, stop: int) -> Part | None:
         """Return the covered blocks within a part of the rows' bytes; None where there are none."""

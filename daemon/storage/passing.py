@@ -98,6 +98,16 @@ def _covered_in_order(spans: Iterable[BlockSpan], start: int, nbytes: int) -> Pa
     return Passed(tuple(whole), tuple(partial))
 
 
+def in_order(
+    whole: tuple[WholeBlocks, ...],
+) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the order of blocks of several extents, taken together, and where they begin and end in that order."""
+    begin = np.concatenate([each.begin for each in whole] or [np.empty(0, np.int64)])
+    end = np.concatenate([each.end for each in whole] or [np.empty(0, np.int64)])
+    order = np.argsort(begin, kind="stable")
+    return order, begin[order], end[order]
+
+
 class Awaited:
     """Blocks of a chunk that was written whose sums are wanted; ``sums`` are in the order of their bytes."""
 
@@ -105,14 +115,12 @@ class Awaited:
 
     def __init__(self, chunk: Passed) -> None:
         self.chunk = chunk
-        self._order: NDArray[np.int64] | None = None
+        self._order: NDArray[np.intp] | None = None
         if len(chunk.whole) == 1 and (chunk.whole[0].begin[1:] > chunk.whole[0].begin[:-1]).all():
             self.sums = BlockSums.of(chunk.whole[0].begin, chunk.whole[0].end)
             return
-        begin = np.concatenate([each.begin for each in chunk.whole] or [np.empty(0, np.int64)])
-        end = np.concatenate([each.end for each in chunk.whole] or [np.empty(0, np.int64)])
-        self._order = np.argsort(begin, kind="stable")
-        self.sums = BlockSums.of(begin[self._order], end[self._order])
+        self._order, begin, end = in_order(chunk.whole)
+        self.sums = BlockSums.of(begin, end)
 
     def by_extent(self) -> list[NDArray[np.uint64]]:
         """Return the sums of each of the chunk's ``whole``."""
