@@ -296,8 +296,25 @@ async def test_what_a_list_touches_is_looked_up_once_until_extents_come_or_go(tm
         assert known_ones.of(source, ExtentIndex()).spans == ()
         await rig.free(first)
         assert known_ones.of(source, index) is not known
+        known = known_ones.of(source, index)
+        await rig.allocate(64 * KIB)
+        assert known_ones.of(source, index) is not known
         await rig.free(second)
         assert known_ones.of(source, index).spans == ()
         gone = weakref.ref(source)
         del source
         assert gone() is None, "the plan may go"
+
+
+def test_a_chunk_that_comes_twice_counts_as_it_comes_last():
+    index = ExtentIndex()
+    index.add([extent(1, 0, 8 * KIB, 4096)])
+    rows = np.array([[0, 8 * KIB]], np.uint64)
+    arriving = Arriving(Footprint(rows, index.touched(rows)))
+    for seed in (1, 2):
+        got = pattern(seed, 8 * KIB)
+        chunk = arriving.chunk(0, 8 * KIB)
+        xxh3.sum_memory(chunk.sums, iov_of(got), None)
+        chunk.note()
+    [(_, sums)] = arriving.by_extent()
+    assert sums.tolist() == [xxhash.xxh3_64_intdigest(got[at : at + 4096]) for at in (0, 4096)]
