@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from xferd.api.errors import Closed, InternalError, ProtocolViolation, Stale, Unsupported
 from xferd.api.proto import peer_v1_pb2 as pb
-from xferd.plugins.ucx.worker import Endpoint
+from xferd.plugins.ucx.messages import Endpoint
 
 if TYPE_CHECKING:
     from xferd.plugins.base import PeerIdentity, PeerTransport, RemoteSpace

@@ -10,7 +10,7 @@ from xferd.api.errors import ProtocolViolation, ShortTransfer
 from xferd.api.proto import peer_v1_pb2 as pb
 from xferd.plugins import vectored
 from xferd.plugins.fabric import data_request
-from xferd.plugins.ucx.worker import Endpoint, Operation
+from xferd.plugins.ucx.messages import Endpoint, Operation
 
 if TYPE_CHECKING:
     from xferd.plugins.base import Chunk, Extent, IovTable

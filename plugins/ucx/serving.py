@@ -24,7 +24,7 @@ from xferd.api.errors import (
 from xferd.api.proto import peer_v1_pb2 as pb, xferd_v1_pb2 as xferd_pb
 from xferd.api.types import TransferOp
 from xferd.plugins import vectored
-from xferd.plugins.ucx.worker import Endpoint, Operation
+from xferd.plugins.ucx.messages import Endpoint, Operation
 
 if TYPE_CHECKING:
     from xferd.plugins.base import Grant, IovTable, PeerHandler, PeerIdentity, PeerTransport

@@ -1,4 +1,4 @@
-"""The thread that makes UCX progress: endpoints, and messages that are sent and received by tag.
+"""The thread that makes UCX progress, so that endpoints open and close, and messages come and go.
 
 One thread owns the UCX worker and makes every call to it; others give it work by ``post`` and hear of ends by
 callbacks in that thread. It sleeps in ``poll`` on the worker's event descriptor: nothing is looked at while nothing
@@ -7,7 +7,6 @@ happens, unless ``spin_us`` says so.
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import os
 import select
@@ -19,14 +18,14 @@ from typing import TYPE_CHECKING
 import structlog
 
 from xferd.api.errors import Closed, MoveFailed, PeerLost, XferdError
-from xferd.plugins import vectored
 from xferd.plugins.ucx import library as lib
+from xferd.plugins.ucx.stalls import Stall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from xferd.plugins.base import IovTable
     from xferd.plugins.ucx.library import Ucp
+    from xferd.plugins.ucx.messages import Endpoint, Operation
 
 PATIENCE_S = 5.0
 """How long UCX may take to end what moves by an endpoint that was cut, unless it is told otherwise."""
@@ -39,100 +38,14 @@ STEPS = 64
 log = structlog.get_logger("xferd.ucx")
 
 
-class Endpoint:
-    """A connection to a peer's worker. ``failure`` is why it is no longer good; it is never good again then."""
-
-    def __init__(self, node: str, address: bytes) -> None:
-        self.node = node
-        self.address = address
-        self.failure = ""
-        self.handle: int | None = None
-        self.operations: set[Operation] = set()
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._waiting: list[Callable[[], None]] = []
-
-    async def closed(self) -> None:
-        """Return when it was cut and nothing of it is left, so that another one to the same peer may be opened."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-
-        def settle() -> None:
-            if not done.done():
-                done.set_result(None)
-
-        def tell() -> None:
-            loop.call_soon_threadsafe(settle)
-
-        with self._lock:
-            if self._is_closed:
-                return
-            self._waiting.append(tell)
-        await done
-
-    def note_closed(self) -> None:
-        """Let go of who waits for it; from the worker's thread."""
-        with self._lock:
-            self._is_closed = True
-            waiting, self._waiting = self._waiting, []
-        for tell in waiting:
-            tell()
-
-
-class Operation:
-    """One message that is sent or received. ``error`` and ``moved`` are set when ``on_end`` is called.
-
-    By then UCX touches no memory of ``table`` any more.
-    """
-
-    __slots__ = (
-        "endpoint",
-        "error",
-        "is_send",
-        "moved",
-        "nbytes",
-        "on_end",
-        "param",
-        "request",
-        "status",
-        "table",
-        "tag",
-    )
-
-    def __init__(
-        self, endpoint: Endpoint, table: IovTable, tag: int, on_end: Callable[[Operation], None], *, is_send: bool
-    ) -> None:
-        self.endpoint = endpoint
-        self.table = table
-        self.tag = tag
-        self.nbytes = vectored.total_nbytes(table)
-        self.on_end = on_end
-        self.is_send = is_send
-        self.request: int | None = None
-        self.moved = 0
-        self.status = lib.IN_PROGRESS
-        self.error: XferdError | None = None
-        one_row = len(table) == 1
-        self.param = lib.RequestParam(
-            op_attr_mask=lib.OP_DATATYPE | lib.OP_NO_IMMEDIATE,
-            datatype=lib.DATATYPE_BYTES if one_row else lib.DATATYPE_IOV,
-        )
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """Buffer and count as the datatype wants them."""
-        if len(self.table) == 1:
-            return int(self.table[0, 0]), int(self.table[0, 1])
-        return int(self.table.ctypes.data), len(self.table)
-
-
 class Worker:
     """UCX's context and worker with their thread. ``post`` may be called from any thread, all else is its own.
 
     What moves by an endpoint that was cut ends within ``patience_s``. UCX sees to that itself, but for faults of its
-    own: with a peer's queue in shared memory full and the peer dead, it waits for room there for ever. Then its worker
-    is destroyed, after which it touches no memory, and another one takes its place: that ends what moves with other
-    peers, too, and ``address`` is a new one.
+    own: with a peer's queue in shared memory full and the peer dead, it waits for room there for ever; and a peer that
+    died while it wrote into our queue has closed it for all others (``stalls.py``). Then its worker is destroyed,
+    after which it touches no memory, and another one takes its place: that ends what moves with other peers, too, and
+    ``address`` is a new one.
 
     Raises ``Unsupported`` or ``ConfigError`` where UCX cannot start.
     """
@@ -164,6 +77,7 @@ class Worker:
         self._live: set[Operation] = set()
         self._closing: dict[int, Endpoint] = {}
         self._cut: dict[Endpoint, float] = {}  # those by which something may still move, and how long it may
+        self._stall = Stall()
         self._on_error = lib.ErrorCallback(self._endpoint_failed)
         self._thread = threading.Thread(target=self._run, name="xferd-ucx", daemon=True)
         self._thread.start()
@@ -242,6 +156,8 @@ class Worker:
         ended = self._reap()
         if self._cut:
             self._look_at_cut()
+        if steps < STEPS:
+            self._stall.moved()
         if ended or steps < STEPS or self._posted:
             if self._spin_s:
                 self._spin_until = time.monotonic() + self._spin_s
@@ -252,14 +168,19 @@ class Worker:
         self._is_asleep = True
         try:
             # In this order: who posts after the look sees that we sleep, and writes to the descriptor.
-            if not self._posted and self._ucp.worker_arm(self._worker) == lib.OK:
+            if not self._posted:
                 for fd, _ in self._poll.poll(self._longest_sleep_ms()):
                     if fd == self._wake_fd:
                         os.eventfd_read(fd)
         finally:
             self._is_asleep = False
+        if self._stall.is_certain:
+            self._renew("a lost peer has left the queue of all peers blocked")
 
     def _longest_sleep_ms(self) -> float | None:
+        if self._ucp.worker_arm(self._worker) != lib.OK:
+            return self._stall.busy(time.monotonic()) * 1e3
+        self._stall.armed()
         if not self._cut:
             return None
         return max(0.0, min(self._cut.values()) - time.monotonic()) * 1e3
@@ -268,12 +189,12 @@ class Worker:
         """Forget cut endpoints that have ended; start UCX anew where one does not."""
         self._cut = {one: at for one, at in self._cut.items() if one.operations or one in self._closing.values()}
         if self._cut and min(self._cut.values()) <= time.monotonic():
-            self._renew()
+            self._renew("what moved with a lost peer does not end")
 
-    def _renew(self) -> None:
-        log.error(
-            "what moved with a lost peer does not end: ucx starts anew", peers=sorted({e.node for e in self._cut})
-        )
+    def _renew(self, reason: str) -> None:
+        peers = self._stall.suspects | {endpoint.node for endpoint in self._cut}
+        log.error("ucx starts anew", reason=reason, peers=sorted(peers))
+        self._stall = Stall()
         self._poll.unregister(self._ucp.event_fd_of(self._worker))
         endpoints, operations = self._destroy()
         try:
@@ -281,7 +202,7 @@ class Worker:
             self.address = self._ucp.address_of(self._worker)
             self._poll.register(self._ucp.event_fd_of(self._worker), select.POLLIN)
         finally:  # who hears of it asks for the new address
-            self._tell_lost(endpoints, operations, "UCX was started anew, because it did not let go of a peer")
+            self._tell_lost(endpoints, operations, f"UCX was started anew: {reason}")
 
     def _destroy(self) -> tuple[set[Endpoint], set[Operation]]:
         """Destroy UCX's worker; returns what has ended with it and was not told."""
@@ -420,6 +341,7 @@ class Worker:
         found = self._ucp.ep_close_nbx(handle, ctypes.byref(param))
         self._endpoints.pop(handle, None)
         self._cut[endpoint] = time.monotonic() + self._patience_s
+        self._stall.suspect(endpoint.node)
         if lib.status_of(found) == lib.IN_PROGRESS:
             self._closing[found] = endpoint
         else:

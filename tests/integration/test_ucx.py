@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -141,6 +143,41 @@ def test_a_peer_killed_in_flight_fails_what_ran_and_comes_back(clients, nodes, o
         assert mine.array().min() == 9
     assert np.array_equal(here.array(), rested)
     assert nodes[0].process.poll() is None
+
+
+def test_a_peer_killed_while_it_wrote_into_the_queue_of_all_peers_blocks_none(cluster: Cluster) -> None:
+    kinds = settings("posix,self")
+    b, c = (cluster.make(name, settings=kinds) for name in "bc")
+    node = cluster.make("a", peers=(b, c), settings=kinds)
+    with ExitStack() as stack:
+        a, of_b, of_c = (stack.enter_context(Client.connect(one.session_socket)) for one in (node, b, c))
+        here = a.allocate(NBYTES)
+        lost, kept = (a.region(one.allocate(NBYTES, access=SHARED).info) for one in (of_b, of_c))
+        for remote in (lost, kept):
+            a.read(here, remote, backend="ucx")
+        os.kill(b.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, b.process.pid, os.WSTOPPED)
+        take_a_place(node.process.pid)
+        b.kill()
+        b.start()
+        again = stack.enter_context(Client.connect(b.session_socket))
+        theirs = again.allocate(NBYTES, access=SHARED)
+        theirs.array()[:] = 9
+        assert lines_of(a.read(here, a.region(theirs.info), backend="ucx", timeout_s=20.0)) == ["ucx"]
+        assert here.array().min() == 9
+        assert lines_of(a.write(here, kept, backend="ucx", timeout_s=20.0)) == ["ucx"]
+    assert "has left the queue of all peers blocked" in node.log()
+
+
+def take_a_place(pid: int) -> None:
+    """Do to a daemon's queue in shared memory what a sender does that dies before it has written.
+
+    A queue begins with the number of places that were taken (``uct_mm_fifo_ctl_t`` of UCX).
+    """
+    held = [path for path in Path(f"/proc/{pid}/fd").iterdir() if "ucx_shm_posix" in str(path.readlink())]
+    queue = min(held, key=lambda path: path.stat().st_size)  # the other one holds long messages
+    with queue.open("r+b") as file, mmap.mmap(file.fileno(), 8) as memory:
+        memory[:] = (int.from_bytes(memory[:], "little") + 1).to_bytes(8, "little")
 
 
 @pytest.mark.parametrize("op", ["READ", "WRITE"])
