@@ -45,10 +45,10 @@ RING_STAGES = (
     Stage(
         "awake", "both", "ring the doorbell (one system call); the daemon's loop wakes up and calls the ring's reader"
     ),
-    Stage("posting", "daemon", "empty the doorbell, read and check the submission, find the transfer"),
+    Stage("posting", "daemon", "read and check the submission, find the transfer"),
     Stage("copy", "daemon", "check rights and state, note who hears of the end"),
     Stage("copy+", "daemon", "copy 4 KiB"),
-    Stage("told", "daemon", "end the transfer: state, metrics, log"),
+    Stage("told", "daemon", "end the transfer: state, who listens"),
     Stage("seen", "both", "write the completion, signal; the client wakes up, or still looks, and takes it"),
     Stage("end", "client", "put the status together and return"),
 )

@@ -263,7 +263,7 @@ class TransferDesk:
         await self._runner.ends.wait(self.active, timeout_s)
 
     def on_ended(self, transfer: Transfer) -> None:
-        """Take note that a transfer has come to rest; the runner calls it before it wakes anyone."""
+        """Take note that a transfer has come to rest; the runner calls it before anyone who waits goes on."""
         self._holds.release(transfer)
         self.counters.ended[transfer.state] += 1
         self.counters.moved_nbytes += transfer.moved_nbytes

@@ -250,7 +250,7 @@ class TransferMachine:
         """Raise ``InvalidState`` if the transfer cannot be posted now."""
         next_state(f"transfer {transfer.id}", transfer.state, Event.POST, transfer.story)
 
-    def moved_at_once(self, transfer: Transfer, posted_at: float, now: float) -> Ended:
+    def moved_at_once(self, transfer: Transfer, posted_at: float, now: float) -> None:
         """POST, START, all bytes and FINISH in one event: a backend moved them within one uninterrupted call.
 
         For plans of one chunk whose move is shorter than giving it to a thread would be. Takes no slot, has no
@@ -267,7 +267,6 @@ class TransferMachine:
             transfer.last_routes = (transfer.plan.legs[0].routes[0],)
         transfer.state = TransferState.DONE
         transfer.story.append("moved at once")
-        return Ended(transfer)
 
     def starts(self, now: float) -> list[Instruction]:
         """Give free slots to waiting transfers."""

@@ -60,7 +60,7 @@ class Runner:
         staging: memory for routes of two hops.
         sealer: keeps the proof of what lies in storage pools.
         deliver: delivers a notification, here or on another node.
-        on_ended: called when a transfer has come to rest, before anyone who waits is woken.
+        on_ended: called when a transfer has come to rest, before anyone who waits for it goes on.
         clock: monotonic seconds plus an offset that makes them UNIX time.
 
     Attributes:
@@ -152,7 +152,10 @@ class Runner:
             return False  # the long way tries again, and tells what is wrong
         if moved != transfer.total_nbytes:
             return False
-        self._ended(self._machine.moved_at_once(transfer, posted_at, self.clock()).transfer)
+        self._machine.moved_at_once(transfer, posted_at, self.clock())
+        # Told before the books are kept: a client may be looking at its ring in this very moment.
+        self.ends.tell(transfer)
+        self._on_ended(transfer)
         return True
 
     def cancel(self, transfer: Transfer) -> None:

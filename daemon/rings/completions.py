@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from xferd.daemon.engine.plan import Route
 
 _STATES = {state: wire.enum_to_wire(state) for state in TransferState}
+_DONE = _STATES[TransferState.DONE]  # as a number: to look up a member of an enumeration takes longer
+_ENDED = ring.Kind.ENDED.value
 _NOTHING = (0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0, 0)
 _MAX_U32 = (1 << 32) - 1
 
@@ -29,11 +31,12 @@ class Completions:
 
     def ended(self, user_data: int, transfer: Transfer) -> tuple[tuple[float, ...], bytes]:
         """Return the fields and the detail that tell how a transfer ended."""
-        flags, route, detail = 0, 0, b""
+        flags, route, detail, state = 0, 0, b"", _DONE
         if transfer.state is TransferState.DONE:
             route, detail = self._route(transfer.last_routes)
             flags = ring.CompletionFlag.ROUTE if detail else 0
         else:
+            state = _STATES[transfer.state]
             detail = wire.status_to_message(transfer.status()).SerializeToString()
             flags = ring.CompletionFlag.STATUS
         if len(detail) > self._detail_nbytes:
@@ -42,8 +45,8 @@ class Completions:
         return (
             user_data,
             int(transfer.id, 16),
-            ring.Kind.ENDED,
-            _STATES[transfer.state],
+            _ENDED,
+            state,
             flags,
             len(detail),
             transfer.total_nbytes,

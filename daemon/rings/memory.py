@@ -66,6 +66,11 @@ class RingMemory:
             )
         return None
 
+    def has_changed(self, taken: int, read: int) -> bool:
+        """Whether the client has written anything since ``taken`` submissions and ``read`` completions were seen."""
+        seen = self._words[self._sq_word + (taken & self._sq_mask) * (ring.SUBMISSION_NBYTES // 8)]
+        return seen not in (0, taken + 1 - self.layout.sizes.sq_entries) or self._words[ring.CQ_HEAD_AT // 8] != read
+
     def taken(self, count: int) -> None:
         """Tell the client how many submissions were taken."""
         self._words[ring.SQ_HEAD_AT // 8] = count

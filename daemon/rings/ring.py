@@ -90,6 +90,7 @@ class Ring:
         self._credits: list[list[int]] = []  # [user_data, notifications] of each LISTEN
         self._cut: object = None  # the notification that the client was told to take by a call
         self._is_taking = False
+        self._is_due = False  # to take the rest in the next turn of the event loop
         self._is_closed = False
         self._is_unsignalled = False
         self._perform = {
@@ -131,11 +132,21 @@ class Ring:
     # ------------------------------------------------------------------------------------ submissions
 
     def _on_doorbell(self) -> None:
+        if not self._is_due:
+            self._take()
+        if self._is_closed:
+            return
         try:
             if not os.read(self._doorbell, _DRAIN_NBYTES):
                 self._loop.remove_reader(self._doorbell)  # the client closed its end: nothing will come any more
         except BlockingIOError:
             return
+        # What came after the first look may have rung, too, and that was just read.
+        if not self._is_due and self._memory.has_changed(self._taken, self._read):
+            self._take()
+
+    def _take_rest(self) -> None:
+        self._is_due = False
         self._take()
 
     def _take(self) -> None:
@@ -157,7 +168,8 @@ class Ring:
         if self._is_unsignalled:
             self._wake_client()
         if not is_over:
-            self._loop.call_soon(self._take)
+            self._is_due = True
+            self._loop.call_soon(self._take_rest)
 
     def _take_batch(self) -> bool:
         """Take up to a batch; returns whether nothing more can be taken until the next doorbell."""
@@ -214,6 +226,8 @@ class Ring:
     def _post(self, entry: tuple[int, ...]) -> None:
         self._check_open()
         user_data, transfer = entry[0], self._transfers.owned(self._caller, _transfer_id(entry))
+        # It may end before this returns, and a client that then finds submissions not taken rings once more.
+        self._memory.taken(self._taken)
         self._transfers.post_heard(transfer, lambda ended: self._tell_ended(user_data, ended))
         if entry[4] & 3 == _TELL_ACCEPTED:
             if transfer.is_active:

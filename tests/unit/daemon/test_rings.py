@@ -259,6 +259,58 @@ async def test_a_full_queue_is_taken_in_turns(rig: Rig) -> None:
         assert len(client.take()) == 100
 
 
+async def test_who_sees_an_end_finds_its_post_taken(rig: Rig) -> None:
+    seen = []
+    with rig.client() as client:
+
+        def post_heard(transfer: Transfer, ended: Callable[[Any], None]) -> None:
+            ended(transfer)
+            seen.append((len(client.take()), client.taken))
+
+        rig.transfers.post_heard = post_heard  # type: ignore[method-assign]
+        for _ in range(3):
+            client.put(Opcode.POST, 1)
+        await client.ring()
+    assert seen == [(1, 1), (1, 2), (1, 3)]  # else it would ring for nothing
+
+
+@pytest.mark.parametrize("what", ["submission", "rubbish", "reads"])
+async def test_what_comes_while_the_doorbell_is_read_is_seen(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    with rig.client() as client:
+        for _ in range(12):
+            client.put(Opcode.POST, 1)
+        await client.ring()
+        assert len(client.take()) == 8
+        await client.ring()
+        assert len(client.take()) == 4
+        left = [what]
+
+        def read(fd: int, nbytes: int) -> bytes:
+            if left and fd not in (client.bell, client.signal):
+                match left.pop():
+                    case "submission":
+                        client.put(Opcode.POST, 3)
+                    case "rubbish":
+                        client.put(Opcode.POST, 3, number=77)
+                    case "reads":
+                        client.map[layout.CQ_HEAD_AT : layout.CQ_HEAD_AT + 8] = (1 << 40).to_bytes(8, "little")
+                os.write(client.bell, b"\1")
+            return os_read(fd, nbytes)
+
+        os_read = os.read
+        monkeypatch.setattr("xferd.daemon.rings.ring.os.read", read)
+        await client.ring()
+        monkeypatch.undo()
+        assert not left
+        assert (client.taken, client.state) == {
+            "submission": (13, RingState.OPEN),
+            "rubbish": (12, RingState.CLOSED),
+            "reads": (12, RingState.CLOSED),
+        }[what]
+
+
 async def test_notifications_come_as_far_as_there_is_leave(rig: Rig) -> None:
     with rig.client() as client:
         rig.inboxes.deliver("agent", Notification("agent", b"one", "x@n"))
