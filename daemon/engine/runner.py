@@ -153,9 +153,7 @@ class Runner:
         if moved != transfer.total_nbytes:
             return False
         self._machine.moved_at_once(transfer, posted_at, self.clock())
-        # Told before the books are kept: a client may be looking at its ring in this very moment.
-        self.ends.tell(transfer)
-        self._on_ended(transfer)
+        self._ended(transfer)
         return True
 
     def cancel(self, transfer: Transfer) -> None:
@@ -335,6 +333,7 @@ class Runner:
         self.perform(self._machine.deadline(transfer, post, self.clock()))
 
     def _ended(self, transfer: Transfer) -> None:
+        # Told before the books are kept: a client may be looking at its ring in this very moment.
+        self.ends.tell(transfer)
         self._deadlines.drop(transfer)
         self._on_ended(transfer)
-        self.ends.tell(transfer)
