@@ -12,6 +12,7 @@ import grpc
 from xferd.api import types as t, wire
 from xferd.api.errors import DeadlineExceeded, ShortTransfer, Unavailable, Unsupported, XferdError
 from xferd.api.proto import xferd_v1_pb2 as pb
+from xferd.api.timeouts import timeout
 from xferd.clients import _calls as calls
 from xferd.clients._aio_ring import AsyncRing
 from xferd.clients._aio_session_socket import AsyncSessionSocket
@@ -162,7 +163,7 @@ class AsyncLink(ClientBase):
                 else grpc.aio.insecure_channel(target, options=options)
             )
             try:
-                async with asyncio.timeout(timeout_s):
+                async with timeout(timeout_s):
                     await channel.channel_ready()
                     request = pb.OpenSessionRequest(agent=agent)
                     stream = Methods(channel)["SessionService.Open"](request, metadata=bearer(token))
@@ -430,7 +431,7 @@ class AsyncLink(ClientBase):
         if not wait_s and not self._session_stream.done():
             return ""  # a read that is given up ends the stream, and with it the session if that still lives
         try:
-            async with asyncio.timeout(END_NEWS_S):
+            async with timeout(END_NEWS_S):
                 event = await self._session_stream.read()
         except TimeoutError:
             return ""

@@ -10,6 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import Closed, XferdError
+from xferd.api.timeouts import timeout
 from xferd.clients._ring_base import (
     LostAnswer,
     RingBase,
@@ -155,7 +156,7 @@ class AsyncRing(RingBase):
         else:
             pending = [ask for ask in asks if not ask.is_over]
             try:
-                async with asyncio.timeout(timeout_s):
+                async with timeout(timeout_s):
                     for ask in pending:
                         await self._over(ask)
             except TimeoutError:
@@ -214,7 +215,7 @@ class AsyncRing(RingBase):
         if not self._ring.reap() and self._ring.check() is None:
             self._signalled.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_ROOM_S):
+                async with timeout(_ROOM_S):
                     await self._signalled.wait()
 
     def _ring_soon(self) -> None:
@@ -250,7 +251,7 @@ class AsyncRing(RingBase):
     async def _until(self, is_over: Callable[[], bool], asks: Sequence[Ask], timeout_s: float | None) -> bool:
         """Return True when ``is_over``, which a change of one of ``asks`` may bring about, False when the time is."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with timeout(timeout_s):
                 while not is_over():
                     await self._change(asks)
         except TimeoutError:

@@ -7,6 +7,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import DeadlineExceeded, XferdError
+from xferd.api.timeouts import timeout
 from xferd.clients._session_socket import Inbox, answer_of, close_all, ended, send
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class AsyncSessionSocket:
             try:
                 # One small packet is under way at a time, so there is always room for it.
                 send(self._inbox.sock, request, fd)
-                async with asyncio.timeout(self.timeout_s):
+                async with timeout(self.timeout_s):
                     answer = await waiter
             except TimeoutError as exc:
                 raise DeadlineExceeded(
@@ -57,7 +58,7 @@ class AsyncSessionSocket:
         if not self._inbox.end_reason and not self._ended.is_set() and self._inbox.sock.fileno() >= 0:
             self._on_readable()  # what has arrived, without a turn of the loop
         try:
-            async with asyncio.timeout(wait_s):
+            async with timeout(wait_s):
                 await self._told.wait()
         except TimeoutError:
             return ""
@@ -69,7 +70,7 @@ class AsyncSessionSocket:
         try:
             if not self._ended.is_set():
                 sock.shutdown(socket.SHUT_WR)
-                async with asyncio.timeout(linger_s):
+                async with timeout(linger_s):
                     await self._ended.wait()
         except (OSError, TimeoutError):  # as in SessionSocket.close
             pass

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import structlog
 
+from xferd.api.timeouts import timeout
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
@@ -54,7 +56,7 @@ class Components:
         while self._closers:
             name, close = self._closers.pop()
             try:
-                async with asyncio.timeout(self._close_timeout_s):
+                async with timeout(self._close_timeout_s):
                     await close()
             except asyncio.CancelledError as cancel:
                 cancelled = cancel

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import ConfigError, XferdError
+from xferd.api.timeouts import timeout
 from xferd.daemon.config import diff
 from xferd.daemon.config_checks import split_address
 from xferd.daemon.doctor import Facts, PathFact, PortFact, diagnose
@@ -151,7 +152,7 @@ async def _call(key: str, address: str, advertised: bool) -> PortFact:
     """Connect and hang up: whoever listens sees a caller that changed its mind."""
     try:
         host, port = split_address(address.removeprefix("tcp://"))
-        async with asyncio.timeout(CALL_TIMEOUT_S):
+        async with timeout(CALL_TIMEOUT_S):
             _, writer = await asyncio.open_connection(_reachable(host), port)
     except TimeoutError:
         return PortFact(key, address, f"no answer in {CALL_TIMEOUT_S:g} s", advertised)

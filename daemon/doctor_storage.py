@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import PermissionDenied, XferdError
+from xferd.api.timeouts import timeout
 from xferd.api.types import Check, CheckState
 from xferd.api.units import format_nbytes
 
@@ -45,7 +46,7 @@ async def look_at_stores(catalog: ObjectCatalog | None, timeout_s: float) -> tup
 
 async def _ask(catalog: ObjectCatalog, name: str, timeout_s: float) -> StoreFact:
     try:
-        async with asyncio.timeout(timeout_s):
+        async with timeout(timeout_s):
             await catalog.list_objects(name, PROBE_PREFIX, "", 1)
     except TimeoutError:
         return StoreFact(name, f"no answer within {timeout_s:g} s", "check its endpoint and the network")

@@ -17,6 +17,7 @@ import structlog
 import uvloop
 
 from xferd.api.errors import ConfigError, XferdError
+from xferd.api.timeouts import timeout
 from xferd.daemon import log as logs
 from xferd.daemon.config import diff, merge_live
 from xferd.daemon.signals import Signals
@@ -166,7 +167,7 @@ class Lifecycle:
         try:
             new = self._source.load()
             merged = merge_live(self.config, new)
-            async with asyncio.timeout(RELOAD_TIMEOUT_S):
+            async with timeout(RELOAD_TIMEOUT_S):
                 not_taken = await service.reload(merged)
             changes = diff(self.config, new)
             logs.set_level(merged.log.level)
@@ -275,7 +276,7 @@ class _Interrupt:
 
 async def _attempt(what: str, work: Awaitable[int | None], timeout_s: float) -> int | None:
     try:
-        async with asyncio.timeout(timeout_s):
+        async with timeout(timeout_s):
             return await work
     except TimeoutError:
         log.error("stop_step_timed_out", step=what, timeout_s=timeout_s)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from xferd.api.errors import PermissionDenied, Unauthenticated, Unavailable, XferdError
+from xferd.api.timeouts import timeout
 from xferd.metadata._etcd_records import assemble
 from xferd.metadata._etcd_wire import prefix_range_end
 from xferd.metadata.base import NodeChange
@@ -334,7 +335,7 @@ class NodeCache:
             if until is not None:
                 waits.append(until - _now())
             try:
-                async with asyncio.timeout(max(0.0, min(waits)) if waits else None):
+                async with timeout(max(0.0, min(waits)) if waits else None):
                     if until is None:
                         await self._changed.wait()
                         return

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from xferd.api.errors import AlreadyExists, InvalidState, LimitExceeded, NotFound, Unavailable, XferdError
+from xferd.api.timeouts import timeout
 from xferd.metadata._etcd_records import encode_node
 from xferd.metadata._etcd_wire import Guard
 from xferd.metadata.base import LeaseView
@@ -354,7 +355,7 @@ class Registration:
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
     """Return when the event is set or the time has passed, whichever is first."""
     try:
-        async with asyncio.timeout(timeout_s):
+        async with timeout(timeout_s):
             await event.wait()
     except TimeoutError:
         return

@@ -24,6 +24,7 @@ from xferd.api.errors import (
     Unavailable,
     XferdError,
 )
+from xferd.api.timeouts import timeout
 from xferd.metadata._etcd_cache import NodeCache
 from xferd.metadata._etcd_client import EtcdClient
 from xferd.metadata._etcd_records import Decoder, assemble
@@ -136,7 +137,7 @@ class EtcdStore(Store):
             if self._task is not None:
                 self._task.cancel()
                 await asyncio.wait([self._task])
-            async with asyncio.timeout(min(CLOSE_TIMEOUT_S, self._options.request_timeout)):
+            async with timeout(min(CLOSE_TIMEOUT_S, self._options.request_timeout)):
                 await self._registration.withdraw()
         except (XferdError, TimeoutError) as exc:
             _log.info("etcd_keys_left_to_the_lease", problem=str(exc) or "no time")

@@ -13,6 +13,7 @@ from xferd.api.errors import XferdError
 from xferd.api.rest import _bodies as b  # noqa: TC001 - the route's hints are read at run time
 from xferd.api.rest._route import EVENTS, SLICE_S, Call
 from xferd.api.rest._shapes import shape_of
+from xferd.api.timeouts import timeout
 from xferd.api.types import PeerInfo
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ async def watch_peers(call: Call[b.EventsQuery, None]) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": EVENTS})
     await response.prepare(call.request)
     try:
-        async with asyncio.timeout(call.query.timeout or None):
+        async with timeout(call.query.timeout or None):
             await _write(call, peers, response)
     except (TimeoutError, XferdError):
         pass  # the time is over, or the session or the daemon has ended: so does the stream

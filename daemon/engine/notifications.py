@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import AgentUnknown, InvalidArgument, LimitExceeded, Overloaded
+from xferd.api.timeouts import timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +109,7 @@ class Inboxes:
             raise AgentUnknown(f"no agent {agent!r} on node {self._node}", remedy="open a session")
         if not inbox.waiting and timeout_s > 0:
             try:
-                async with asyncio.timeout(timeout_s):
+                async with timeout(timeout_s):
                     while not inbox.waiting and self._inboxes.get(agent) is inbox:
                         inbox.arrived.clear()
                         await inbox.arrived.wait()

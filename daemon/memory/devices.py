@@ -22,6 +22,7 @@ from xferd.api.errors import (
     PermissionDenied,
     Unsupported,
 )
+from xferd.api.timeouts import timeout
 from xferd.api.types import Access, DeviceEvent, DeviceHandle, MemoryKind, RegionSource
 from xferd.daemon.memory.backing import Backing, MemfdBacking, PoolBacking
 from xferd.daemon.memory.device_pool import DevicePoolBacking
@@ -323,7 +324,7 @@ class DeviceDesk:
     async def _holders_after(self, session: SessionId, timeout_s: float) -> list[str]:
         """Return who holds GPU memory of a session when nothing of it is held any more, or the time is over."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
+            async with timeout(timeout_s):
                 await self._regions.wait_idle(session)
         return list(self._regions.holders_of(session, RegionSource.DEVICE))
 

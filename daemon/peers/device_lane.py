@@ -9,6 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from xferd.api.errors import DeadlineExceeded, ShortTransfer, Unsupported
+from xferd.api.timeouts import timeout
 from xferd.plugins.base import Chunk, Extent, MappedSpace
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class DeviceLane:
             raise Unsupported("this node has no backend for GPUs", remedy="configure [backends.cuda]")
         try:
             # The time is kept here and not by the thread: a move that is cancelled ends only when it has come to rest.
-            async with asyncio.timeout(self._timeout_s):
+            async with timeout(self._timeout_s):
                 moved = await self._backend.move(chunk)
         except TimeoutError:
             raise DeadlineExceeded(

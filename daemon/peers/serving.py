@@ -27,6 +27,7 @@ from xferd.api.errors import (
     Unavailable,
 )
 from xferd.api.proto import peer_v1_pb2 as peer_pb
+from xferd.api.timeouts import timeout
 from xferd.api.types import RegionId, RegionListing, RegionQuery, TransferOp
 from xferd.api.wire import listing_to_message, node_from_message, node_to_message, notification_asked_for
 from xferd.daemon.memory.regions import PeerActor
@@ -142,7 +143,7 @@ class PeerServing:
         with self._lock:
             self._idlers.append(waiter)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with timeout(timeout_s):
                 while under_way := self._under_way():
                     waiter[1].clear()
                     if self.open_grants():
@@ -237,7 +238,7 @@ class PeerServing:
 
     async def _quiesce(self, peer: PeerIdentity, transfer_id: str, cause_id: str) -> peer_pb.PeerReply:
         try:
-            async with asyncio.timeout(self._quiesce_timeout_s):
+            async with timeout(self._quiesce_timeout_s):
                 await self._transport.wait_quiesced(peer, transfer_id)
                 for service in self._services:
                     await service.quiesce(peer, transfer_id)

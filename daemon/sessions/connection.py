@@ -26,6 +26,7 @@ from xferd.api.errors import (
 )
 from xferd.api.proto.session_v1_pb2 import SessionSocketReply, SessionSocketRequest
 from xferd.api.ring import RingSizes
+from xferd.api.timeouts import timeout
 from xferd.api.types import Caller, Transport
 from xferd.daemon.sessions.packets import MAX_PACKET_NBYTES
 
@@ -139,7 +140,7 @@ class Connection:
 
     async def _serve(self) -> None:
         try:
-            async with asyncio.timeout(self._hello_timeout_s):
+            async with timeout(self._hello_timeout_s):
                 request_id, agent = await self._receive_hello()
         except TimeoutError as exc:
             raise _Fatal(

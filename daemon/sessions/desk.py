@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from xferd.api.errors import NotFound, Stale, Unauthenticated, Unavailable, XferdError
+from xferd.api.timeouts import timeout
 from xferd.api.types import Caller, RegionSource, SessionGrant, SessionInfo
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ class SessionDesk:
     async def _release_regions(self, session: SessionId) -> None:
         """Wait for peers that read or write the regions; those that take too long are cut off."""
         try:
-            async with asyncio.timeout(self.quiesce_timeout_s):
+            async with timeout(self.quiesce_timeout_s):
                 await self._regions.wait_idle(session)
         except TimeoutError:
             for holder in self._regions.holders_of(session):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import structlog
 
 from xferd.api.errors import DeviceLost, Unavailable, XferdError
+from xferd.api.timeouts import timeout
 from xferd.plugins.cuda import control
 from xferd.plugins.cuda.layout import (
     COMMANDS,
@@ -221,7 +222,7 @@ class WorkerProcess:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_TIMEOUT_S):
+                async with timeout(STOP_TIMEOUT_S):
                     await asyncio.shield(self._ended)
         await self.kill("the daemon is stopping")
 
@@ -249,7 +250,7 @@ class WorkerProcess:
         future: asyncio.Future[control.Ready | control.Reply] = self._loop.create_future()
         self._replies.append(future)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with timeout(timeout_s):
                 return await asyncio.shield(future)
         except TimeoutError as exc:
             reason = f"it did not answer within {timeout_s:g} s"

@@ -22,6 +22,7 @@ from xferd.api.errors import (
     XferdError,
 )
 from xferd.api.proto import peer_v1_pb2 as pb, xferd_v1_pb2 as xferd_pb
+from xferd.api.timeouts import timeout
 from xferd.plugins.tcp.frames import CONTROL_LIMITS, Frame, FrameParser, FrameType, decode_control, encode_frame
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class ControlLane:
         reply: asyncio.Future[pb.PeerReply] = asyncio.get_running_loop().create_future()
         self._pending[request_id] = reply
         try:
-            async with asyncio.timeout(timeout_s):
+            async with timeout(timeout_s):
                 self._write(FrameType.REQUEST, request, request_id)
                 await self._drain()
                 answer = await reply

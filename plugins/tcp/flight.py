@@ -9,6 +9,7 @@ import structlog
 
 from xferd.api.errors import Cancelled, Closed, PeerLost, XferdError
 from xferd.api.proto import peer_v1_pb2 as pb
+from xferd.api.timeouts import timeout
 from xferd.plugins.base import Begun
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Flight(Begun):
 
     async def _bring_to_rest(self, settled: asyncio.Event) -> None:
         try:
-            async with asyncio.timeout(self._options.abort_grace):
+            async with timeout(self._options.abort_grace):
                 await settled.wait()
         except TimeoutError:
             self._lane.abort("the chunk was cancelled")

@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from xferd.api import wire
 from xferd.api.errors import ConfigError, PeerLost, ProtocolViolation, XferdError
 from xferd.api.proto import xferd_v1_pb2 as xferd_pb
+from xferd.api.timeouts import timeout
 from xferd.plugins.tcp.frames import (
     HANDSHAKE_LIMITS,
     HEADER_NBYTES,
@@ -206,7 +207,7 @@ async def refuse(sock: socket.socket, error: XferdError) -> None:
     """
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(LINGER_S):
+        async with timeout(LINGER_S):
             await send_message(sock, FrameType.ERROR, wire.error_to_detail(error))
             sock.shutdown(socket.SHUT_WR)
             scratch = bytearray(65536)

@@ -27,6 +27,7 @@ from xferd.api.errors import (
     XferdError,
 )
 from xferd.api.proto import peer_v1_pb2 as pb
+from xferd.api.timeouts import timeout
 from xferd.plugins.base import PeerIdentity, PeerLinkStatistics, PeerTransport
 from xferd.plugins.tcp import sockets
 from xferd.plugins.tcp.client import ClientLane
@@ -193,7 +194,7 @@ class TcpTransport(PeerTransport):
         self, address: Address, lane: pb.LaneKind.ValueType, expected: Expectation
     ) -> tuple[socket.socket, PeerIdentity, pb.Welcome]:
         try:
-            async with asyncio.timeout(self._options.connect_timeout):
+            async with timeout(self._options.connect_timeout):
                 sock = await sockets.dial(address, self._options)
                 try:
                     sockets.tune(sock, self._options, is_data=lane == pb.LANE_KIND_DATA)
@@ -316,7 +317,7 @@ class TcpTransport(PeerTransport):
         """Carry a caller through the handshake, into a lane or out of the door."""
         try:
             try:
-                async with asyncio.timeout(self._options.connect_timeout):
+                async with timeout(self._options.connect_timeout):
                     await self._shake_hands(sock)
             except TimeoutError:
                 limit = f"backends.tcp.connect_timeout {self._options.connect_timeout} s"

@@ -20,6 +20,9 @@ LOOKS = 32
 
 PAUSE_S = 1e-3
 
+LONGEST_S = 10 * PAUSE_S
+"""What counts at most between two looks: for all that is longer the thread itself had to wait, or was stopped."""
+
 
 class Stall:
     """The state of one worker; for its thread only. Times are seconds of any clock that does not go back.
@@ -57,7 +60,7 @@ class Stall:
     def busy(self, now_s: float) -> float:
         """Take note that there was nothing to do, and yet UCX could not be armed; return how long to pause."""
         if self._looks:
-            self._wasted_s += now_s - self._seen_at
+            self._wasted_s += min(now_s - self._seen_at, LONGEST_S)
         self._looks += 1
         self._seen_at = now_s
         return PAUSE_S if self._looks > LOOKS else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xferd.plugins.ucx.stalls import CERTAIN_S, LOOKS, PAUSE_S, Stall
+from xferd.plugins.ucx.stalls import CERTAIN_S, LONGEST_S, LOOKS, PAUSE_S, Stall
 
 
 def wasted(stall: Stall, seconds: float, *, since: float = 0.0, looks: int = 100) -> float:
@@ -52,13 +52,23 @@ def test_what_was_lost_before_the_queue_was_seen_empty_has_harmed_nothing(stall:
 def test_other_transports_that_move_hide_nothing_and_their_time_does_not_count(stall: Stall) -> None:
     now = 0.0
     for _ in range(10):
-        now = wasted(stall, CERTAIN_S * 0.09, since=now, looks=3)
+        now = wasted(stall, CERTAIN_S * 0.09, since=now, looks=10)
         stall.moved()
         now += CERTAIN_S * 5  # they were at work
     assert not stall.is_certain
     for _ in range(2):
-        now = wasted(stall, CERTAIN_S * 0.09, since=now, looks=3)
+        now = wasted(stall, CERTAIN_S * 0.09, since=now, looks=10)
         stall.moved()
+    assert stall.is_certain
+
+
+def test_a_thread_that_was_stopped_itself_blames_nobody(stall: Stall) -> None:
+    stall.busy(0.0)
+    stall.busy(1000.0)
+    assert not stall.is_certain
+    wasted(stall, CERTAIN_S - 2 * LONGEST_S, since=1000.0)
+    assert not stall.is_certain
+    wasted(stall, 2 * LONGEST_S, since=1000.0 + CERTAIN_S)
     assert stall.is_certain
 
 
