@@ -334,6 +334,8 @@ class Runner:
 
     def _ended(self, transfer: Transfer) -> None:
         # Told before the books are kept: a client may be looking at its ring in this very moment.
-        self.ends.tell(transfer)
-        self._deadlines.drop(transfer)
-        self._on_ended(transfer)
+        try:
+            self.ends.tell(transfer)
+        finally:  # a listener with a bug must not leave regions held
+            self._deadlines.drop(transfer)
+            self._on_ended(transfer)

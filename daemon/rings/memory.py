@@ -54,11 +54,11 @@ class RingMemory:
         Raises:
             ProtocolViolation: another number stands in its slot than it can have by now.
         """
-        slot = (number - 1) & self._sq_mask
-        seen = self._words[self._sq_word + slot * (ring.SUBMISSION_NBYTES // 8)]
+        seen = self._number_for(number)
         if seen == number:
+            slot = (number - 1) & self._sq_mask
             return self._unpack(self._map, self.layout.sq_at + slot * ring.SUBMISSION_NBYTES)
-        if seen not in (0, number - self.layout.sizes.sq_entries):
+        if not self._is_old(seen, number):
             raise ProtocolViolation(
                 f"submission {seen} stands in the slot of submission {number}",
                 limit="0, or the one before it in this slot",
@@ -68,8 +68,16 @@ class RingMemory:
 
     def has_changed(self, taken: int, read: int) -> bool:
         """Whether the client has written anything since ``taken`` submissions and ``read`` completions were seen."""
-        seen = self._words[self._sq_word + (taken & self._sq_mask) * (ring.SUBMISSION_NBYTES // 8)]
-        return seen not in (0, taken + 1 - self.layout.sizes.sq_entries) or self._words[ring.CQ_HEAD_AT // 8] != read
+        number = taken + 1
+        return not self._is_old(self._number_for(number), number) or self.read_completions() != read
+
+    def _number_for(self, number: int) -> int:
+        """Return what stands where the number of a submission is to be."""
+        return self._words[self._sq_word + (number - 1 & self._sq_mask) * (ring.SUBMISSION_NBYTES // 8)]
+
+    def _is_old(self, seen: int, number: int) -> bool:
+        """Whether that is what stood there before: nothing, or the submission that had the slot last."""
+        return seen in (0, number - self.layout.sizes.sq_entries)
 
     def taken(self, count: int) -> None:
         """Tell the client how many submissions were taken."""

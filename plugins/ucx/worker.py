@@ -169,7 +169,7 @@ class Worker:
         try:
             # In this order: who posts after the look sees that we sleep, and writes to the descriptor.
             if not self._posted:
-                for fd, _ in self._poll.poll(self._longest_sleep_ms()):
+                for fd, _ in self._poll.poll(self._arm()):
                     if fd == self._wake_fd:
                         os.eventfd_read(fd)
         finally:
@@ -177,7 +177,8 @@ class Worker:
         if self._stall.is_certain:
             self._renew("a lost peer has left the queue of all peers blocked")
 
-    def _longest_sleep_ms(self) -> float | None:
+    def _arm(self) -> float | None:
+        """Have UCX tell of what comes; returns for how many milliseconds to sleep at most, None: for ever."""
         if self._ucp.worker_arm(self._worker) != lib.OK:
             return self._stall.busy(time.monotonic()) * 1e3
         self._stall.armed()

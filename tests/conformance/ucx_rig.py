@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -96,3 +97,14 @@ def ucx_maker(**options: object):
 
 def node(name: str) -> NodeInfo:
     return NodeInfo(name, f"id-{name}", EPOCH, "test", (), ("tcp", "ucx"), (), (), 0.0)
+
+
+def take_a_place(pid: int) -> None:
+    """Do to the queue in shared memory of a process's one worker what a sender does that dies before it has written.
+
+    A queue begins with the number of places that were taken (``uct_mm_fifo_ctl_t`` of UCX).
+    """
+    held = [path for path in Path(f"/proc/{pid}/fd").iterdir() if "ucx_shm_posix" in str(path.resolve())]
+    queue = min(held, key=lambda path: path.stat().st_size)  # the other one holds long messages
+    with queue.open("r+b") as file, mmap.mmap(file.fileno(), 8) as memory:
+        memory[:] = (int.from_bytes(memory[:], "little") + 1).to_bytes(8, "little")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import signal
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from ucx_rig import take_a_place
 
 from xferd.api.errors import Cancelled, DeadlineExceeded, NoRoute, PeerLost, Unsupported
 from xferd.api.types import Access, TransferState
@@ -167,17 +166,6 @@ def test_a_peer_killed_while_it_wrote_into_the_queue_of_all_peers_blocks_none(cl
         assert here.array().min() == 9
         assert lines_of(a.write(here, kept, backend="ucx", timeout_s=20.0)) == ["ucx"]
     assert "has left the queue of all peers blocked" in node.log()
-
-
-def take_a_place(pid: int) -> None:
-    """Do to a daemon's queue in shared memory what a sender does that dies before it has written.
-
-    A queue begins with the number of places that were taken (``uct_mm_fifo_ctl_t`` of UCX).
-    """
-    held = [path for path in Path(f"/proc/{pid}/fd").iterdir() if "ucx_shm_posix" in str(path.readlink())]
-    queue = min(held, key=lambda path: path.stat().st_size)  # the other one holds long messages
-    with queue.open("r+b") as file, mmap.mmap(file.fileno(), 8) as memory:
-        memory[:] = (int.from_bytes(memory[:], "little") + 1).to_bytes(8, "little")
 
 
 @pytest.mark.parametrize("op", ["READ", "WRITE"])

@@ -158,6 +158,7 @@ def test_a_directory_swapped_for_a_symlink_while_opening_never_leads_outside(roo
     finally:
         stop.set()
         thread.join()
+    assert seen["opened"]
 
 
 def test_missing_files_and_roots(roots: FileRoots, tmp_path: Path) -> None:

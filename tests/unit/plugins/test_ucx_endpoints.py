@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
+import os
 import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from check_backend import pattern
-from ucx_rig import ucx_maker
+from ucx_rig import take_a_place, ucx_maker
 
 from xferd.api.errors import Closed, MoveFailed, PeerLost, Unsupported
 from xferd.plugins.base import Chunk, SpaceKind
@@ -229,17 +229,6 @@ def test_what_never_ends_is_ended_by_another_start_of_ucx(ucp, transports):
             worker.stop()
 
 
-def take_a_place_and_die():
-    """Do to the only queue in shared memory of this process what a sender does that is killed before it has written.
-
-    A queue begins with the number of places that were taken (``uct_mm_fifo_ctl_t`` of UCX).
-    """
-    lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "ucx_shm_posix" in line]
-    spans = [[int(edge, 16) for edge in line.split("-")] for line in lines]
-    start, _ = min(spans, key=lambda span: span[1] - span[0])  # the other one holds long messages
-    ctypes.c_uint64.from_address(start).value += 1
-
-
 def test_a_queue_that_a_dead_peer_left_blocked_is_given_up(ucp):
     one = Worker(ucp, {"TLS": "posix,self"})
     try:
@@ -248,7 +237,7 @@ def test_a_queue_that_a_dead_peer_left_blocked_is_given_up(ucp):
             one.connect(endpoint)
         awaited = Message(one, kept, 10, is_send=False)
         address = one.address
-        take_a_place_and_die()
+        take_a_place(os.getpid())
         threading.Event().wait(2 * CERTAIN_S)
         assert (one.address, awaited.operation.error) == (address, None)  # a sender that is slow looks like this, too
         one.close(lost, "its process has gone")

@@ -128,6 +128,18 @@ async def test_a_begun_chunk_needs_no_task_and_ends_its_transfer(rig: Rig) -> No
     assert not rig.mover.moved
 
 
+async def test_who_hears_of_an_end_and_fails_leaves_the_books_kept(rig: Rig) -> None:
+    def listen(_: object) -> None:
+        assert not rig.ended, "who listens is told first"
+        raise KeyError
+
+    t = rig.post()
+    rig.runner.ends.listen(t, listen)
+    with pytest.raises(KeyError):
+        rig.mover.started[0].done(10)
+    assert rig.ended == [t]
+
+
 async def test_what_is_not_begun_is_moved(rig: Rig) -> None:
     rig.mover.has_begin = False
     t = rig.post(2)
